@@ -1,0 +1,302 @@
+"""Stage 1 of CROPI: the behaviour policy answers every prompt K times, once, before any training.
+
+    tau_1 .. tau_K ~ beta(. | s0),    beta = pi_theta(0)
+
+Every later phase reuses these trajectories through the token ratio of sketch.py; nothing is sampled from beta again.
+beta is softmax(logits / temperature) and nothing else: no top-p, no top-k, no repetition penalty, nothing inherited from
+the checkpoint's generation_config.json but its end tokens. Each token's log beta is stored, so that at theta = theta(0)
+every ratio is 1. The end token belongs to the response; a response cut at --max-new-tokens has none.
+
+Reads   --data   a local .jsonl or .parquet file, or a hub data set `name[:config[:split]]`. A prompt is a string or a list of
+                 chat messages; a chat template is applied where the tokenizer has one.
+Writes  --out    rollouts.pt, for N prompts with K responses each (torch.load with weights_only=True); ragged arrays are flat
+                 with offsets, responses prompt-major (response k of prompt i is number i*K + k):
+                     prompt_tokens    int32   [sum of prompt lengths]     prompt_offsets   int64 [N + 1]
+                     response_tokens  int32   [sum of response lengths]   response_offsets int64 [N*K + 1]
+                     logprobs         float32 [sum of response lengths]   log beta(token | prompt, tokens before it)
+                     rewards          float32 [N, K]                      1 = the verifier accepts, 0 = it does not
+                     answers, families    list[str], N each (a family is '' where the data has no --family-key column)
+                     meta                 dict: model, temperature, max_new_tokens, eos_ids, verifier, seed, k, data, format
+                 --k 0 stores prompts and answers only: a test set for train_grpo.py --eval.
+
+Departs from the authors' release: tokens are kept as sampled (re-tokenizing text loses the end token), and log-probs are
+those of the distribution sampled from, temperature included.
+
+    python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --prompt-key question \\
+        --instruction ' Put the final answer in \\boxed{}.' --max-new-tokens 1024 --out rollouts.pt
+    python collect.py --model runs/toy/base --data runs/toy/train.jsonl --verifier exact --max-new-tokens 12 --out train.pt
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+
+FORMAT = 1  # of rollouts.pt
+
+
+def fail(file, found, expected, mend):
+    """Wrong input: one line on stderr, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_tokenizer(name):
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no tokenizer ({str(error).splitlines()[0]})", "a Hugging Face checkpoint with its tokenizer files",
+             "save the tokenizer into the model's folder")
+
+
+def load_policy(name, device, dtype):
+    """The policy pi_theta in evaluation mode: dropout would make log-probs differ from one pass to the next."""
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    except Exception as error:  # as above
+        fail(name, f"no loadable model ({str(error).splitlines()[0]})", "a Hugging Face causal language model",
+             "check the folder or the hub name")
+    return policy.to(device).eval()
+
+
+def end_tokens(name, tokenizer):
+    """Sorted ids that end a response: the tokenizer's own and the checkpoint's (chat models end turns with another one)."""
+    try:
+        config = GenerationConfig.from_pretrained(name)
+    except OSError:  # a checkpoint without generation_config.json
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name))
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return ids or fail(name, "no end token", "eos_token_id in generation_config.json or in the tokenizer", "add one")
+
+
+def load_examples(source, prompt_key, answer_key, family_key, limit):
+    """[(prompt, answer, family)] of a local .jsonl or .parquet file or of a hub data set `name[:config[:split]]`."""
+    path = Path(source)
+    local = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
+    if local and not path.is_file():
+        fail(source, "no such file", "a .jsonl or .parquet file", "check --data")
+    if local and path.stat().st_size == 0:
+        fail(source, "an empty file", "at least one example", "check how it was made")
+    try:
+        if local:
+            datasets.disable_progress_bars()
+            rows = datasets.load_dataset(local, data_files=source, split="train")
+        else:
+            name, config, split = (source.split(":") + [None, None])[:3]
+            rows = datasets.load_dataset(name, config, split=split or "train")
+    except Exception as error:  # datasets wraps the reason: its cause says which line
+        reason = str(error.__cause__ or error).splitlines()[0]
+        fail(source, f"unreadable data ({reason})", "one JSON object a line, a parquet file or a hub data set", "mend the data")
+    for key in (prompt_key, answer_key):
+        if key not in rows.column_names:
+            fail(source, f"columns {rows.column_names}", f"a column '{key}'", "set --prompt-key and --answer-key")
+    examples = []
+    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
+        if row[answer_key] is None or not str(row[answer_key]).strip():
+            fail(source, f"an empty answer in example {number}", f"text in '{answer_key}'", "drop the example or answer it")
+        if not row[prompt_key]:
+            fail(source, f"an empty prompt in example {number}", f"text in '{prompt_key}'", "drop the example")
+        examples.append((row[prompt_key], str(row[answer_key]), str(row.get(family_key) or "")))
+    return examples or fail(source, "no example", "at least one", "check --data and --limit")
+
+
+def encode_prompt(prompt, instruction, tokenizer):
+    """Token ids of a prompt (a string or chat messages), through the chat template where the tokenizer has one."""
+    if isinstance(prompt, str):
+        prompt += instruction
+        if tokenizer.chat_template is None:
+            return tokenizer(prompt).input_ids
+        prompt = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the special tokens
+
+
+def verify(response, answer, verifier):
+    """R(tau) in {0, 1}: does the text `response` give `answer`?
+
+    verifier 'exact': the content of the response's last \\boxed{}, or the whole response, equals the answer but for white
+    space around it. 'math': math-verify finds the response's final expression and compares it with the answer as
+    mathematics (1/2 = 0.5); of an answer with '####' (GSM8K) only what follows counts.
+
+    >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
+    (1.0, 1.0)
+    """
+    if verifier == "exact":
+        boxed = response.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in response else response
+        return float(boxed.strip() == answer.strip())
+    import math_verify  # here: 'exact' does not pay for loading sympy
+
+    gold = answer.rpartition("####")[2].strip()
+    gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
+    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(response)))
+
+
+def stream_seed(*key):
+    """A seed for torch.Generator out of any key, so that a stream of random numbers belongs to what it is used for."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+
+
+@torch.no_grad()
+def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
+    """tau_1 .. tau_k ~ softmax(logits / temperature) for each prompt, and log pi of every token. (Engine 'hf'.)
+
+    prompts: B lists of token ids. seeds: B ints; the uniforms that choose a prompt's tokens come from its own seed, so
+    that its responses do not depend on what shares the batch. temperature 0 is argmax, for evaluation.
+    Returns responses and logprobs, B*k lists each, prompt-major. A response holds its end token, unless it was cut at
+    max_new_tokens.
+    """
+    device, width = policy.device, max(map(len, prompts))
+    uniforms = torch.stack([torch.rand(k, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+                            for s in seeds]).flatten(0, 1).to(device)  # [B*k, max_new_tokens]
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
+    cache = DynamicCache(config=policy.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
+    cache.batch_repeat_interleave(k)  # a prompt is read once, not k times
+    logits, mask = logits[:, -1].repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
+
+    end = torch.tensor(eos_ids, device=device)
+    live = torch.arange(len(mask), device=device)  # rows that have not ended
+    drawn = torch.zeros(len(mask), max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(mask), max_new_tokens, device=device)
+    lengths = torch.zeros(len(mask), dtype=torch.long, device=device)
+    for t in range(max_new_tokens):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [live, V]
+        if temperature:
+            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+            token = torch.searchsorted(cdf, uniforms[live, t, None] * cdf[:, -1:], right=True)  # first cdf > u
+            token = token.clamp(max=cdf.shape[1] - 1)  # [live, 1]
+        else:
+            token = logp.argmax(-1, keepdim=True)
+        drawn[live, t], logprobs[live, t], lengths[live] = token[:, 0], logp.gather(1, token)[:, 0], t + 1
+        going = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
+        if len(going) == 0 or t + 1 == max_new_tokens:
+            break
+        if len(going) < len(live):  # ended rows leave the batch
+            cache.batch_select_indices(going)
+            live, token, mask = live[going], token[going], mask[going]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                        past_key_values=cache).logits[:, -1]
+    drawn, logprobs, lengths = drawn.tolist(), logprobs.tolist(), lengths.tolist()
+    return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
+
+
+ENGINES = {"hf": sample}  # another engine is another function of sample's signature
+
+
+def batches_by_tokens(lengths, budget):
+    """Batches of indices, longest first, such that (indices in a batch) x (its greatest length) <= budget tokens."""
+    batches, batch = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    return batches + [batch]
+
+
+def flat(lists, dtype):
+    """Ragged lists as one flat tensor and int64 offsets: list i is flat[offsets[i]:offsets[i + 1]]."""
+    offsets = torch.tensor([0] + [len(x) for x in lists]).cumsum(0)
+    return torch.tensor([x for row in lists for x in row], dtype=dtype), offsets
+
+
+def replace_file(path, write):
+    """write(temporary path), then rename: a killed run leaves the old file or the new one, never half of one."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+def check_output(path):
+    """Before the work, not after it: can `path` be written?"""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError("a folder, or a folder without write permission")
+    except OSError as error:
+        fail(path, f"a path that cannot be written ({error})", "a file in a writable folder", "choose another --out")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="behaviour policy: a Hugging Face folder or hub name")
+    parser.add_argument("--data", required=True, help=".jsonl, .parquet or hub data set name[:config[:split]]")
+    parser.add_argument("--out", required=True, type=Path, help="rollouts.pt to write")
+    parser.add_argument("--k", type=int, default=8, help="responses a prompt (8); 0 stores prompts and answers only")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled distribution (1.0)")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of a response (1024)")
+    parser.add_argument("--verifier", choices=["math", "exact"], default="math", help="how answers are compared (math)")
+    parser.add_argument("--prompt-key", default="prompt", help="column of the prompt (prompt)")
+    parser.add_argument("--answer-key", default="answer", help="column of the answer (answer)")
+    parser.add_argument("--family-key", default="family", help="column with a prompt's kind, for plots only (family)")
+    parser.add_argument("--instruction", default="", help="text appended to every string prompt")
+    parser.add_argument("--limit", type=int, help="use the first LIMIT examples only")
+    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
+    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens held in the KV cache at once (65536)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.k < 0 or args.temperature <= 0 or args.max_new_tokens < 1:
+        parser.error("--k must be >= 0, --temperature > 0 and --max-new-tokens >= 1")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
+
+    tokenizer = load_tokenizer(args.model)
+    examples = load_examples(args.data, args.prompt_key, args.answer_key, args.family_key, args.limit)
+    prompts = [encode_prompt(prompt, args.instruction, tokenizer) for prompt, _, _ in examples]
+    answers = [answer for _, answer, _ in examples]
+    context = AutoConfig.from_pretrained(args.model).get_text_config().max_position_embeddings
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) + args.max_new_tokens > context:
+        fail(args.data, f"a prompt of {len(prompts[longest])} tokens (example {longest + 1})", f"at most {context} tokens "
+             f"with --max-new-tokens {args.max_new_tokens}", "drop the example or lower --max-new-tokens")
+    eos_ids = end_tokens(args.model, tokenizer)
+    check_output(args.out)
+
+    n, k = len(prompts), args.k
+    responses, logprobs = [[]] * (n * k), [[]] * (n * k)
+    rewards = torch.zeros(n, k)
+    if k:
+        policy = load_policy(args.model, args.device, args.dtype)
+        progress = tqdm(total=n, desc=f"collect {args.out.name}", unit="prompt")
+        for batch in batches_by_tokens([k * (len(p) + args.max_new_tokens) for p in prompts], args.batch_tokens):
+            seeds = [stream_seed(args.seed, i) for i in batch]
+            drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, args.temperature,
+                                               args.max_new_tokens, eos_ids, seeds)
+            texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+            for j, i in enumerate(batch):
+                responses[i * k:(i + 1) * k] = drawn[j * k:(j + 1) * k]
+                logprobs[i * k:(i + 1) * k] = logp[j * k:(j + 1) * k]
+                rewards[i] = torch.tensor([verify(text, answers[i], args.verifier) for text in texts[j * k:(j + 1) * k]])
+            progress.update(len(batch))
+        progress.close()
+
+    prompt_tokens, prompt_offsets = flat(prompts, torch.int32)
+    response_tokens, response_offsets = flat(responses, torch.int32)
+    meta = {"format": FORMAT, "model": args.model, "data": args.data, "k": k, "temperature": args.temperature,
+            "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids, "verifier": args.verifier, "seed": args.seed}
+    rollouts = {"prompt_tokens": prompt_tokens, "prompt_offsets": prompt_offsets, "response_tokens": response_tokens,
+                "response_offsets": response_offsets, "logprobs": flat(logprobs, torch.float32)[0], "rewards": rewards,
+                "answers": answers, "families": [family for _, _, family in examples], "meta": meta}
+    replace_file(args.out, lambda part: torch.save(rollouts, part))
+    summary = f"; mean reward {rewards.mean():.3f}, {(rewards.std(1) > 0).float().mean():.0%} of prompts with a " \
+              f"reward variance, {len(response_tokens)} response tokens" if k > 1 else ""
+    print(f"{args.out}: {n} prompts x {k} responses{summary}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,445 @@
+"""Stage 4 of CROPI: GRPO on the selected prompts alone; the policy it leaves starts the next phase.
+
+For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the policy as it is, and the policy climbs
+
+    J(theta) = 1/G sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 ]
+    A_i = (R_i - mean R) / (std R + 1e-4)      rho = pi_theta / pi_old      k3 = e^D - D - 1,  D = log pi_ref - log pi_theta
+
+averaged over the batch's prompts, by one AdamW update a batch. pi_ref is --ref, the policy before any RL, in every phase.
+
+Reads   --rollouts   rollouts.pt of collect.py: prompts, answers, and in its meta the temperature, the length limit, the end
+                     tokens and the verifier; its old responses are not used here.
+        --select     selected.npy of score.py: int64 [n], the prompts to train on.
+        --eval       rollouts.pt files made with --k 0: test sets. Accuracy is the mean reward at the training temperature over
+                     --eval-samples responses a prompt (what J climbs), and greedy decoding beside it.
+        --optimizer  optimizer.pt of the phase before: AdamW's state and the count of steps go on.
+Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer) with optimizer.pt, args.json and metrics.jsonl, a JSON
+                     object a step: step (over all phases), reward, live (share of groups with unequal rewards), kl, clipped,
+                     grad_norm, tokens, truncated, seconds (of training so far in this phase, evaluation left out), eval.
+
+The run works in OUT.part and renames it at its end. Killed and started again with the same command, it goes on from the
+last checkpoint (--save-every) and ends with the same bytes. Random numbers come from (seed, step, place in the batch) and
+from no state.
+
+Departs from the paper: no entropy bonus (theirs is 0.001).
+
+    python train_grpo.py --model runs/toy/base --rollouts train.pt --select selected.npy --eval test.pt --steps 40 --out policy
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+FORMAT = 1  # of rollouts.pt
+
+
+def fail(file, found, expected, mend):
+    """Wrong input: one line on stderr, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- the equations -------------------------------------------------------------------------------------------------
+
+
+def group_advantage(rewards):
+    """A_k = (R_k - mean R) / (std R + 1e-4), std with Bessel's correction; 0 for a group of equal rewards.
+
+    rewards: [..., K], K >= 2, one group a row. Returns the same shape.
+
+    >>> group_advantage(torch.tensor([[1., 0.], [1., 1.]])).round(decimals=3).tolist()
+    [[0.707, -0.707], [0.0, 0.0]]
+    """
+    std = rewards.std(-1, keepdim=True)
+    advantages = (rewards - rewards.mean(-1, keepdim=True)) / (std + 1e-4)
+    return torch.where(std > 0, advantages, torch.zeros_like(advantages))
+
+
+def kl_k3(logp, logp_ref):
+    """k3 = e^D - D - 1 with D = log pi_ref - log pi_theta: a token's estimate of KL(pi_theta || pi_ref), never negative."""
+    delta = logp_ref - logp
+    return delta.exp() - delta - 1
+
+
+def grpo_objective(logp, logp_old, logp_ref, advantages, mask, clip, kl_coef):
+    """1/|o_i| sum_t [ min(rho A_i, clip(rho, 1 - clip, 1 + clip) A_i) - kl_coef k3 ], one number a response.
+
+    logp, logp_old, logp_ref: [B, T] log-probs of the response tokens under pi_theta, pi_old and pi_ref (None: no KL term).
+    advantages: [B]. mask: bool [B, T], True where a token exists. Returns [B]; J is its mean over the batch.
+    """
+    ratio = (logp - logp_old).exp()  # [B, T]
+    advantages = advantages[:, None]
+    tokens = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    if logp_ref is not None:
+        tokens = tokens - kl_coef * kl_k3(logp, logp_ref)
+    return (tokens * mask).sum(1) / mask.sum(1)
+
+
+def response_logprobs(policy, prompts, responses, temperature):
+    """log pi(x_t | s_t) of each response token under softmax(logits / temperature).
+
+    prompts, responses: B lists of token ids. Returns logp [B, R] (0 where there is no token) and its bool mask [B, R],
+    R the longest response. Rows are padded on the right, where a causal model's tokens cannot look: padding and batch
+    mates change nothing but the last float digits.
+    """
+    rows = [p + r for p, r in zip(prompts, responses)]
+    width, first = max(map(len, rows)), min(map(len, prompts)) - 1
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=policy.device)  # [B, T]
+    logits = policy(tokens, use_cache=False, logits_to_keep=width - first).logits[:, :-1]  # [B, T - 1 - first, V]
+    targets = tokens[:, first + 1:]
+    logp = -F.cross_entropy(logits.float().div(temperature).flatten(0, 1), targets.flatten(), reduction="none")
+    lengths = torch.tensor([len(r) for r in responses], device=policy.device)
+    steps = torch.arange(int(lengths.max()), device=policy.device)  # [R]
+    mask = steps < lengths[:, None]
+    starts = torch.tensor([len(p) for p in prompts], device=policy.device) - 1 - first
+    places = (starts[:, None] + steps).clamp(max=targets.shape[1] - 1)
+    return logp.view(targets.shape).gather(1, places).masked_fill(~mask, 0), mask
+
+
+# ---- sampling and verifying, word for word as in collect.py ----------------------------------------------------------
+
+
+def stream_seed(*key):
+    """A seed for torch.Generator out of any key, so that a stream of random numbers belongs to what it is used for."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+
+
+@torch.no_grad()
+def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
+    """tau_1 .. tau_k ~ softmax(logits / temperature) for each prompt, and log pi of every token. (Engine 'hf'.)
+
+    prompts: B lists of token ids. seeds: B ints; the uniforms that choose a prompt's tokens come from its own seed, so
+    that its responses do not depend on what shares the batch. temperature 0 is argmax, for evaluation.
+    Returns responses and logprobs, B*k lists each, prompt-major. A response holds its end token, unless it was cut at
+    max_new_tokens.
+    """
+    device, width = policy.device, max(map(len, prompts))
+    uniforms = torch.stack([torch.rand(k, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+                            for s in seeds]).flatten(0, 1).to(device)  # [B*k, max_new_tokens]
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
+    cache = DynamicCache(config=policy.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
+    cache.batch_repeat_interleave(k)  # a prompt is read once, not k times
+    logits, mask = logits[:, -1].repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
+
+    end = torch.tensor(eos_ids, device=device)
+    live = torch.arange(len(mask), device=device)  # rows that have not ended
+    drawn = torch.zeros(len(mask), max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(mask), max_new_tokens, device=device)
+    lengths = torch.zeros(len(mask), dtype=torch.long, device=device)
+    for t in range(max_new_tokens):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [live, V]
+        if temperature:
+            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+            token = torch.searchsorted(cdf, uniforms[live, t, None] * cdf[:, -1:], right=True)  # first cdf > u
+            token = token.clamp(max=cdf.shape[1] - 1)  # [live, 1]
+        else:
+            token = logp.argmax(-1, keepdim=True)
+        drawn[live, t], logprobs[live, t], lengths[live] = token[:, 0], logp.gather(1, token)[:, 0], t + 1
+        going = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
+        if len(going) == 0 or t + 1 == max_new_tokens:
+            break
+        if len(going) < len(live):  # ended rows leave the batch
+            cache.batch_select_indices(going)
+            live, token, mask = live[going], token[going], mask[going]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                        past_key_values=cache).logits[:, -1]
+    drawn, logprobs, lengths = drawn.tolist(), logprobs.tolist(), lengths.tolist()
+    return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
+
+
+ENGINES = {"hf": sample}  # another engine is another function of sample's signature
+
+
+def verify(response, answer, verifier):
+    """R(tau) in {0, 1}: does the text `response` give `answer`?
+
+    verifier 'exact': the content of the response's last \\boxed{}, or the whole response, equals the answer but for white
+    space around it. 'math': math-verify finds the response's final expression and compares it with the answer as
+    mathematics (1/2 = 0.5); of an answer with '####' (GSM8K) only what follows counts.
+
+    >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
+    (1.0, 1.0)
+    """
+    if verifier == "exact":
+        boxed = response.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in response else response
+        return float(boxed.strip() == answer.strip())
+    import math_verify  # here: 'exact' does not pay for loading sympy
+
+    gold = answer.rpartition("####")[2].strip()
+    gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
+    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(response)))
+
+
+def load_rollouts(path):
+    """rollouts.pt of collect.py, checked for its format and for the lengths of its arrays."""
+    try:
+        rollouts = torch.load(path, weights_only=True)
+        n, k = rollouts["rewards"].shape
+        whole = (rollouts["meta"]["format"] == FORMAT and len(rollouts["answers"]) == n
+                 and len(rollouts["prompt_offsets"]) == n + 1 and len(rollouts["response_offsets"]) == n * k + 1
+                 and rollouts["prompt_offsets"][-1] == len(rollouts["prompt_tokens"])
+                 and rollouts["response_offsets"][-1] == len(rollouts["response_tokens"]) == len(rollouts["logprobs"]))
+    except FileNotFoundError:
+        fail(path, "no such file", "a rollouts.pt", "make it with collect.py")
+    except Exception as error:  # a damaged file can raise anything; weights_only refuses pickles that would run code
+        fail(path, f"an unreadable file ({type(error).__name__})", "a rollouts.pt", "make it anew with collect.py")
+    if not whole:
+        fail(path, "arrays that do not fit together", f"a rollouts.pt of format {FORMAT}", "make it anew with collect.py")
+    return rollouts
+
+
+def ragged(flat, offsets):
+    """The lists that collect.py stored flat: list i is flat[offsets[i]:offsets[i + 1]]."""
+    flat, offsets = flat.tolist(), offsets.tolist()
+    return [flat[a:b] for a, b in zip(offsets, offsets[1:])]
+
+
+def load_selection(path, n):
+    """selected.npy of score.py: int64 indices of prompts, best first."""
+    try:
+        selected = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        fail(path, "no such file", "a selected.npy", "make it with score.py")
+    except Exception as error:  # truncated, not .npy, or a pickle
+        fail(path, f"an unreadable file ({type(error).__name__})", "a selected.npy", "make it anew with score.py")
+    if selected.ndim != 1 or selected.dtype != np.int64 or len(selected) == 0:
+        fail(path, f"{selected.dtype} {list(selected.shape)}", "int64 [n], n >= 1", "make it anew with score.py")
+    if selected.min() < 0 or selected.max() >= n:
+        fail(path, f"prompt {selected.max()}", f"indices into the {n} prompts of --rollouts", "score the same rollouts")
+    return selected.tolist()
+
+
+def load_tokenizer(name):
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no tokenizer ({str(error).splitlines()[0]})", "a Hugging Face checkpoint with its tokenizer files",
+             "save the tokenizer into the model's folder")
+
+
+def load_policy(name, device, dtype):
+    """The policy pi_theta in evaluation mode: dropout would make log-probs differ from one pass to the next."""
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    except Exception as error:  # as above
+        fail(name, f"no loadable model ({str(error).splitlines()[0]})", "a Hugging Face causal language model",
+             "check the folder or the hub name")
+    return policy.to(device).eval()
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def batch_of_step(selected, size, step, seed):
+    """The `size` prompts of a step: epoch after epoch over `selected`, each epoch in an order of its own."""
+    batch = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(place, len(selected))
+        if not batch or offset == 0:
+            order = torch.randperm(len(selected), generator=torch.Generator().manual_seed(stream_seed(seed, "order", epoch)))
+        batch.append(selected[order[offset]])
+    return batch
+
+
+def batches_by_tokens(lengths, budget):
+    """Batches of indices, longest first, such that (indices in a batch) x (its greatest length) <= budget tokens."""
+    batches, batch = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    return batches + [batch]
+
+
+def roll_out(engine, policy, tokenizer, prompts, answers, k, temperature, meta, seeds, budget):
+    """k verified responses a prompt: responses, logprobs (B*k lists each, prompt-major) and rewards [B, k]."""
+    responses, logprobs, rewards = [[]] * (len(prompts) * k), [[]] * (len(prompts) * k), torch.zeros(len(prompts), k)
+    for batch in batches_by_tokens([k * (len(p) + meta["max_new_tokens"]) for p in prompts], budget):
+        drawn, logp = engine(policy, [prompts[i] for i in batch], k, temperature, meta["max_new_tokens"],
+                             meta["eos_ids"], [seeds[i] for i in batch])
+        texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        for j, i in enumerate(batch):
+            responses[i * k:(i + 1) * k], logprobs[i * k:(i + 1) * k] = drawn[j * k:(j + 1) * k], logp[j * k:(j + 1) * k]
+            rewards[i] = torch.tensor([verify(t, answers[i], meta["verifier"]) for t in texts[j * k:(j + 1) * k]])
+    return responses, logprobs, rewards
+
+
+def grpo_step(policy, reference, optimizer, prompts, responses, logp_old, rewards, temperature, args):
+    """One AdamW update towards higher J on a batch of groups. Returns what metrics.jsonl says of it.
+
+    prompts: B lists; responses, logp_old: B*G lists, prompt-major; rewards: [B, G]. Micro-batches of --batch-tokens only
+    save memory: each adds its part of the same mean over the B*G responses.
+    """
+    group = rewards.shape[1]
+    advantages = group_advantage(rewards).flatten().to(policy.device)  # [B*G]
+    total_kl, total_clipped, total_tokens = 0.0, 0.0, sum(map(len, responses))
+    for rows in batches_by_tokens([len(prompts[i // group]) + len(r) for i, r in enumerate(responses)], args.batch_tokens):
+        queries, answers = [prompts[i // group] for i in rows], [responses[i] for i in rows]
+        logp, mask = response_logprobs(policy, queries, answers, temperature)  # [b, T]
+        old = torch.zeros_like(logp).masked_scatter_(
+            mask, torch.tensor([x for i in rows for x in logp_old[i]], device=logp.device))
+        logp_ref = None
+        if reference is not None:
+            with torch.no_grad():
+                logp_ref = response_logprobs(reference, queries, answers, temperature)[0]
+            total_kl += float((kl_k3(logp.detach(), logp_ref) * mask).sum())
+        total_clipped += float((((logp.detach() - old).exp() - 1).abs() > args.clip).logical_and(mask).sum())
+        objective = grpo_objective(logp, old, logp_ref, advantages[rows], mask, args.clip, args.kl_coef)
+        (-objective.sum() / len(responses)).backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"reward": float(rewards.mean()), "live": float((rewards.std(1) > 0).float().mean()),
+            "kl": total_kl / total_tokens, "clipped": total_clipped / total_tokens, "grad_norm": float(grad_norm),
+            "tokens": total_tokens}
+
+
+def check_same_settings(folder, settings):
+    """A folder made with other settings is neither gone on with nor written over."""
+    try:
+        there = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        there = {}
+    changed = [key for key in settings if there.get(key) != settings[key]]
+    if changed:
+        fail(folder, f"a run with another {', '.join(changed)}", "a run with the same settings, or none",
+             "remove it or choose another --out")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="policy to train: a Hugging Face folder or hub name")
+    parser.add_argument("--ref", help="reference of the KL term, theta(0) in every phase (--model)")
+    parser.add_argument("--rollouts", required=True, help="rollouts.pt with the train prompts")
+    parser.add_argument("--select", required=True, help="selected.npy: the prompts to train on")
+    parser.add_argument("--eval", nargs="*", default=[], help="test sets: rollouts.pt files, told apart by their names")
+    parser.add_argument("--optimizer", help="optimizer.pt of the phase before")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the new policy")
+    parser.add_argument("--steps", type=int, required=True, help="AdamW updates")
+    parser.add_argument("--batch-size", type=int, default=128, help="prompts a step (128)")
+    parser.add_argument("--group", type=int, default=8, help="responses a prompt, G (8)")
+    parser.add_argument("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant (1e-6)")
+    parser.add_argument("--kl-coef", type=float, default=1e-3, help="lambda_KL (0.001); 0 needs no reference in memory")
+    parser.add_argument("--clip", type=float, default=0.2, help="eps of the ratio's clipping (0.2)")
+    parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (1.0)")
+    parser.add_argument("--eval-every", type=int, default=10, help="steps between evaluations (10)")
+    parser.add_argument("--eval-samples", type=int, default=4, help="responses a test prompt (4)")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints to go on from (50)")
+    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
+    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens in memory at once (65536); no effect on the result")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.group < 2 or min(args.steps, args.batch_size, args.eval_every, args.save_every, args.eval_samples) < 1:
+        parser.error("--group must be >= 2 (an advantage needs a variance); step, batch and sample counts >= 1")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
+
+    # Inputs, and the state of a run that was killed
+    settings, part = json.loads(json.dumps(vars(args), default=str)), args.out.with_name(args.out.name + ".part")
+    if args.out.exists():
+        check_same_settings(args.out, settings)
+        print(f"{args.out}: complete, nothing to do")
+        return
+    rollouts = load_rollouts(args.rollouts)
+    meta, answers = rollouts["meta"], rollouts["answers"]
+    prompts = ragged(rollouts["prompt_tokens"], rollouts["prompt_offsets"])
+    selected = load_selection(args.select, len(prompts))
+    tests = {}
+    for path in args.eval:
+        test = load_rollouts(path)
+        tests[Path(path).stem] = (ragged(test["prompt_tokens"], test["prompt_offsets"]), test["answers"], test["meta"])
+    tokenizer = load_tokenizer(args.model)
+    policy = load_policy(args.model, args.device, args.dtype)
+    reference = load_policy(args.ref or args.model, args.device, args.dtype) if args.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
+    first, done, metrics = 0, 0, []  # steps of earlier phases, steps of this one
+    if args.optimizer:
+        try:
+            state = torch.load(args.optimizer, weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            first = state["step"]
+        except Exception as error:  # missing, damaged, or of another model
+            fail(args.optimizer, f"no usable state ({type(error).__name__})", "an optimizer.pt of the same model",
+                 "take the one in the policy's folder")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(args.out, f"a path that cannot be written ({error.strerror})", "a writable place", "choose another --out")
+    if (part / "checkpoint.pt").exists():
+        check_same_settings(part, settings)
+        state = torch.load(part / "checkpoint.pt", weights_only=True)
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, metrics = state["step"], state["metrics"]
+    (part / "args.json").write_text(json.dumps(settings, indent=1))
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr
+
+    def evaluate():
+        results = {}
+        for name, (test_prompts, test_answers, test_meta) in tests.items():
+            seeds = [stream_seed(args.seed, "eval", i) for i in range(len(test_prompts))]  # the same at every step
+            run = [roll_out(ENGINES[args.engine], policy, tokenizer, test_prompts, test_answers, k, temperature, test_meta,
+                            seeds, args.batch_tokens)[2].mean().item()
+                   for k, temperature in ((args.eval_samples, meta["temperature"]), (1, 0.0))]
+            results[name] = {"mean": run[0], "greedy": run[1]}
+        return {"eval": results} if results else {}
+
+    # Training
+    clock = metrics[-1]["seconds"] if metrics else 0.0
+    if first + done == 0 and not metrics:
+        metrics.append({"step": 0, "seconds": 0.0, **evaluate()})
+    progress = tqdm(range(done, args.steps), initial=done, total=args.steps, desc=f"train {args.out}", unit="step")
+    for s in progress:
+        began, step = time.perf_counter(), first + s
+        batch = batch_of_step(selected, args.batch_size, step, args.seed)
+        queries = [prompts[i] for i in batch]
+        responses, logp_old, rewards = roll_out(
+            ENGINES[args.engine], policy, tokenizer, queries, [answers[i] for i in batch], args.group, meta["temperature"],
+            meta, [stream_seed(args.seed, step, j) for j in range(len(batch))], args.batch_tokens)
+        row = grpo_step(policy, reference, optimizer, queries, responses, logp_old, rewards, meta["temperature"], args)
+        row["truncated"] = sum(r[-1] not in meta["eos_ids"] for r in responses) / len(responses)
+        clock += time.perf_counter() - began
+        last = s + 1 == args.steps
+        metrics.append({"step": step + 1, "seconds": clock, **row,
+                        **(evaluate() if last or (step + 1) % args.eval_every == 0 else {})})
+        progress.set_postfix(reward=f"{row['reward']:.2f}", live=f"{row['live']:.2f}")
+        (part / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        if (s + 1) % args.save_every == 0 and not last:
+            state = {"step": s + 1, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
+            torch.save(state, part / "checkpoint.new")
+            os.replace(part / "checkpoint.new", part / "checkpoint.pt")
+
+    policy.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    torch.save({"step": first + args.steps, "optimizer": optimizer.state_dict()}, part / "optimizer.pt")
+    for leftover in part.glob("checkpoint.*"):
+        leftover.unlink()
+    os.replace(part, args.out)
+    print(f"{args.out}: {args.steps} steps on {len(selected)} prompts, {clock:.0f} s; "
+          f"{json.dumps(metrics[-1].get('eval', {}))}")
+
+
+if __name__ == "__main__":
+    main()
