@@ -45,7 +45,8 @@ FORMAT = 1  # of rollouts.pt
 
 def fail(file, found, expected, mend):
     """Wrong input: one line on stderr, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}", file=sys.stderr)
+    line = f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
 
 
@@ -53,7 +54,7 @@ def load_tokenizer(name):
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no tokenizer ({str(error).splitlines()[0]})", "a Hugging Face checkpoint with its tokenizer files",
+        fail(name, f"no tokenizer ({error})", "a Hugging Face checkpoint with its tokenizer files",
              "save the tokenizer into the model's folder")
 
 
@@ -62,7 +63,7 @@ def load_policy(name, device, dtype):
     try:
         policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     except Exception as error:  # as above
-        fail(name, f"no loadable model ({str(error).splitlines()[0]})", "a Hugging Face causal language model",
+        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model",
              "check the folder or the hub name")
     return policy.to(device).eval()
 
@@ -91,11 +92,10 @@ def load_examples(source, prompt_key, answer_key, family_key, limit):
             datasets.disable_progress_bars()
             rows = datasets.load_dataset(local, data_files=source, split="train")
         else:
-            name, config, split = (source.split(":") + [None, None])[:3]
+            name, config, split = (source.split(":", 2) + [None, None])[:3]
             rows = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # datasets wraps the reason: its cause says which line
-        reason = str(error.__cause__ or error).splitlines()[0]
-        fail(source, f"unreadable data ({reason})", "one JSON object a line, a parquet file or a hub data set", "mend the data")
+        fail(source, f"unreadable data ({error.__cause__ or error})", "one JSON object a line, a parquet file or a hub data set", "mend the data")
     for key in (prompt_key, answer_key):
         if key not in rows.column_names:
             fail(source, f"columns {rows.column_names}", f"a column '{key}'", "set --prompt-key and --answer-key")
@@ -213,9 +213,10 @@ def flat(lists, dtype):
 
 
 def replace_file(path, write):
-    """write(temporary path), then rename: a killed run leaves the old file or the new one, never half of one."""
+    """write(file) under a temporary name, then rename: a killed run leaves the old file or the new one, never half a file."""
     part = path.with_name(path.name + ".part")
-    write(part)
+    with open(part, "wb") as file:
+        write(file)
     os.replace(part, path)
 
 
@@ -223,10 +224,10 @@ def check_output(path):
     """Before the work, not after it: can `path` be written?"""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError("a folder, or a folder without write permission")
+        open(path.with_name(path.name + ".part"), "ab").close()
+        path.is_dir() and fail(path, "a folder", "a file to write", "choose another --out")
     except OSError as error:
-        fail(path, f"a path that cannot be written ({error})", "a file in a writable folder", "choose another --out")
+        fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
 
 
 def main():
@@ -292,7 +293,7 @@ def main():
     rollouts = {"prompt_tokens": prompt_tokens, "prompt_offsets": prompt_offsets, "response_tokens": response_tokens,
                 "response_offsets": response_offsets, "logprobs": flat(logprobs, torch.float32)[0], "rewards": rewards,
                 "answers": answers, "families": [family for _, _, family in examples], "meta": meta}
-    replace_file(args.out, lambda part: torch.save(rollouts, part))
+    replace_file(args.out, lambda file: torch.save(rollouts, file))
     summary = f"; mean reward {rewards.mean():.3f}, {(rewards.std(1) > 0).float().mean():.0%} of prompts with a " \
               f"reward variance, {len(response_tokens)} response tokens" if k > 1 else ""
     print(f"{args.out}: {n} prompts x {k} responses{summary}")

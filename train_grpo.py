@@ -40,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -48,7 +49,8 @@ FORMAT = 1  # of rollouts.pt
 
 def fail(file, found, expected, mend):
     """Wrong input: one line on stderr, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}", file=sys.stderr)
+    line = f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
 
 
@@ -91,14 +93,14 @@ def grpo_objective(logp, logp_old, logp_ref, advantages, mask, clip, kl_coef):
 def response_logprobs(policy, prompts, responses, temperature):
     """log pi(x_t | s_t) of each response token under softmax(logits / temperature).
 
-    prompts, responses: B lists of token ids. Returns logp [B, R] (0 where there is no token) and its bool mask [B, R],
+    prompts, responses: B sequences of token ids. Returns logp [B, R] (0 where there is no token) and its bool mask [B, R],
     R the longest response. Rows are padded on the right, where a causal model's tokens cannot look: padding and batch
     mates change nothing but the last float digits.
     """
-    rows = [p + r for p, r in zip(prompts, responses)]
-    width, first = max(map(len, rows)), min(map(len, prompts)) - 1
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=policy.device)  # [B, T]
-    logits = policy(tokens, use_cache=False, logits_to_keep=width - first).logits[:, :-1]  # [B, T - 1 - first, V]
+    rows = [torch.cat([torch.as_tensor(p), torch.as_tensor(r)]).long() for p, r in zip(prompts, responses)]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.device)  # [B, T]
+    first = min(map(len, prompts)) - 1  # no response token is predicted from before here
+    logits = policy(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits[:, :-1]  # [B, T - 1 - first, V]
     targets = tokens[:, first + 1:]
     logp = -F.cross_entropy(logits.float().div(temperature).flatten(0, 1), targets.flatten(), reduction="none")
     lengths = torch.tensor([len(r) for r in responses], device=policy.device)
@@ -188,41 +190,33 @@ def verify(response, answer, verifier):
 
 
 def load_rollouts(path):
-    """rollouts.pt of collect.py, checked for its format and for the lengths of its arrays."""
+    """rollouts.pt of collect.py, its ragged arrays also as 1-D tensors: prompts [N], responses and logprobs [N*K]."""
     try:
-        rollouts = torch.load(path, weights_only=True)
+        rollouts = torch.load(path, weights_only=True)  # refuses a pickle that would run code
         n, k = rollouts["rewards"].shape
-        whole = (rollouts["meta"]["format"] == FORMAT and len(rollouts["answers"]) == n
-                 and len(rollouts["prompt_offsets"]) == n + 1 and len(rollouts["response_offsets"]) == n * k + 1
-                 and rollouts["prompt_offsets"][-1] == len(rollouts["prompt_tokens"])
-                 and rollouts["response_offsets"][-1] == len(rollouts["response_tokens"]) == len(rollouts["logprobs"]))
-    except FileNotFoundError:
-        fail(path, "no such file", "a rollouts.pt", "make it with collect.py")
-    except Exception as error:  # a damaged file can raise anything; weights_only refuses pickles that would run code
-        fail(path, f"an unreadable file ({type(error).__name__})", "a rollouts.pt", "make it anew with collect.py")
-    if not whole:
-        fail(path, "arrays that do not fit together", f"a rollouts.pt of format {FORMAT}", "make it anew with collect.py")
+        for name, array, offsets, count in (("prompts", "prompt_tokens", "prompt_offsets", n),
+                                            ("responses", "response_tokens", "response_offsets", n * k),
+                                            ("logprobs", "logprobs", "response_offsets", n * k)):
+            if len(rollouts[offsets]) != count + 1 or rollouts[offsets][-1] != len(rollouts[array]):
+                raise ValueError(f"{array} and {offsets} do not fit together")
+            rollouts[name] = rollouts[array].tensor_split(rollouts[offsets][1:-1])[:count]
+        if rollouts["meta"]["format"] != FORMAT or len(rollouts["answers"]) != n:
+            raise ValueError(f"format {rollouts['meta']['format']}, {len(rollouts['answers'])} answers")
+    except Exception as error:  # a damaged file can raise anything
+        fail(path, f"no readable rollouts ({type(error).__name__}: {error})", f"a rollouts.pt of format {FORMAT}",
+             "make it with collect.py")
     return rollouts
 
 
-def ragged(flat, offsets):
-    """The lists that collect.py stored flat: list i is flat[offsets[i]:offsets[i + 1]]."""
-    flat, offsets = flat.tolist(), offsets.tolist()
-    return [flat[a:b] for a, b in zip(offsets, offsets[1:])]
-
-
 def load_selection(path, n):
-    """selected.npy of score.py: int64 indices of prompts, best first."""
+    """selected.npy of score.py: indices of prompts, best first."""
     try:
         selected = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        fail(path, "no such file", "a selected.npy", "make it with score.py")
-    except Exception as error:  # truncated, not .npy, or a pickle
-        fail(path, f"an unreadable file ({type(error).__name__})", "a selected.npy", "make it anew with score.py")
-    if selected.ndim != 1 or selected.dtype != np.int64 or len(selected) == 0:
-        fail(path, f"{selected.dtype} {list(selected.shape)}", "int64 [n], n >= 1", "make it anew with score.py")
-    if selected.min() < 0 or selected.max() >= n:
-        fail(path, f"prompt {selected.max()}", f"indices into the {n} prompts of --rollouts", "score the same rollouts")
+        if selected.dtype != np.int64 or selected.ndim != 1 or not 0 <= selected.min() <= selected.max() < n:
+            raise ValueError(f"{selected.dtype} {list(selected.shape)}, or indices out of range")
+    except Exception as error:  # missing, truncated, not .npy, a pickle, of other rollouts
+        fail(path, f"no usable selection ({error})", f"int64 indices of the {n} prompts of --rollouts",
+             "make it with score.py from these rollouts")
     return selected.tolist()
 
 
@@ -230,7 +224,7 @@ def load_tokenizer(name):
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no tokenizer ({str(error).splitlines()[0]})", "a Hugging Face checkpoint with its tokenizer files",
+        fail(name, f"no tokenizer ({error})", "a Hugging Face checkpoint with its tokenizer files",
              "save the tokenizer into the model's folder")
 
 
@@ -239,7 +233,7 @@ def load_policy(name, device, dtype):
     try:
         policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     except Exception as error:  # as above
-        fail(name, f"no loadable model ({str(error).splitlines()[0]})", "a Hugging Face causal language model",
+        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model",
              "check the folder or the hub name")
     return policy.to(device).eval()
 
@@ -363,12 +357,12 @@ def main():
         return
     rollouts = load_rollouts(args.rollouts)
     meta, answers = rollouts["meta"], rollouts["answers"]
-    prompts = ragged(rollouts["prompt_tokens"], rollouts["prompt_offsets"])
+    prompts = [p.tolist() for p in rollouts["prompts"]]
     selected = load_selection(args.select, len(prompts))
     tests = {}
     for path in args.eval:
         test = load_rollouts(path)
-        tests[Path(path).stem] = (ragged(test["prompt_tokens"], test["prompt_offsets"]), test["answers"], test["meta"])
+        tests[Path(path).stem] = ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"])
     tokenizer = load_tokenizer(args.model)
     policy = load_policy(args.model, args.device, args.dtype)
     reference = load_policy(args.ref or args.model, args.device, args.dtype) if args.kl_coef else None

@@ -1,0 +1,169 @@
+"""Pictures and a table of one or several runs of run_cropi.sh.
+
+Reads   run folders RUN/METHOD (and RUN/rollouts beside them). Runs of one method, over seeds, are drawn as their mean and the
+        band from the lowest to the highest.
+Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps and against seconds. Accuracy is the mean reward at
+                           the sampling temperature (solid) and that of greedy decoding (dotted). Seconds are those of
+                           training, of selection and of the collection that the method needs; evaluation is left out.
+        OUT/selected.png   what was selected in each phase, by family where the data has one, and by pass rate under beta.
+Prints  a table: method, phase, prompts selected, selection seconds, training seconds, accuracy at the phase's end.
+
+    python plot.py runs/toy/full runs/toy/cropi --out runs/toy
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "random": "#95a5a6", "passrate": "#2980b9",
+          "learnability": "#27ae60"}
+
+
+def fail(file, found, expected, mend):
+    """Wrong input: one line on stderr, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_run(folder):
+    """A run's phases: [{selected, selection seconds, training seconds, rows of metrics.jsonl}], its method and its costs."""
+    try:
+        seconds = dict(line.split("\t") for line in (folder / "seconds.tsv").read_text().splitlines())
+        collected = dict(line.split("\t") for line in (folder.parent / "rollouts/seconds.tsv").read_text().splitlines())
+        phases = []
+        while (phase := folder / f"phase-{len(phases)}" / "policy" / "metrics.jsonl").exists():
+            m = len(phases)
+            phases.append({
+                "selected": np.load(phase.parent.parent / "selected.npy"),
+                "selection": sum(float(s) for stage, s in seconds.items()
+                                 if stage in (f"phase-{m}-sketch", f"phase-{m}-score")),
+                "rows": [json.loads(line) for line in phase.read_text().splitlines()]})
+        rollouts = torch.load(folder.parent / "rollouts/train.pt", weights_only=True)
+    except (OSError, ValueError) as error:
+        fail(folder, f"no readable run ({error})", "a folder RUN/METHOD of run_cropi.sh", "run it first")
+    if not phases:
+        fail(folder, "no finished phase", "phase-0/policy/metrics.jsonl", "run run_cropi.sh to the end of a phase")
+    method = folder.resolve().name
+    needs = {"full": (), "random": (), "passrate": ("train",), "learnability": ("train",)}.get(
+        method, [stage for stage in collected if stage == "train" or stage.startswith("val_")])
+    return {"method": method, "phases": phases, "collection": sum(float(collected[stage]) for stage in needs),
+            "rewards": rollouts["rewards"].numpy(), "families": rollouts["families"]}
+
+
+def curve(run):
+    """(steps, seconds, {test: (accuracy, greedy accuracy)}) of a run's evaluations, seconds cumulated as in the docstring."""
+    steps, seconds, tests, spent = [], [], {}, run["collection"]
+    for phase in run["phases"]:
+        spent += phase["selection"]
+        for row in phase["rows"]:
+            if "eval" in row:
+                steps.append(row["step"])
+                seconds.append(spent + row["seconds"])
+                for test, result in row["eval"].items():
+                    tests.setdefault(test, []).append((result["mean"], result["greedy"]))
+        spent += phase["rows"][-1]["seconds"]
+    return np.array(steps), np.array(seconds), {test: np.array(values).T for test, values in tests.items()}
+
+
+def plot_accuracy(runs, path):
+    """Test sets down, steps and seconds across; one line a method."""
+    methods = {}
+    for run in runs:
+        methods.setdefault(run["method"], []).append(curve(run))
+    tests = list(next(iter(methods.values()))[0][2])
+    if not tests:
+        return None
+    figure, axes = plt.subplots(len(tests), 2, figsize=(10, 3.4 * len(tests)), sharey="row", squeeze=False)
+    for row, test in zip(axes, tests):
+        for method, curves in methods.items():
+            accuracy = np.array([c[2][test] for c in curves])  # [seeds, 2, evaluations]
+            for axis, x in zip(row, (curves[0][0], np.mean([c[1] for c in curves], axis=0))):
+                color = COLORS.get(method)
+                axis.plot(x, accuracy[:, 0].mean(0), color=color, label=method, lw=2)
+                axis.plot(x, accuracy[:, 1].mean(0), color=color, ls=":", lw=1)
+                if len(curves) > 1:
+                    axis.fill_between(x, accuracy[:, 0].min(0), accuracy[:, 0].max(0), color=color, alpha=0.15, lw=0)
+        row[0].set_ylabel(f"{test}: mean reward")
+    for axis, label in zip(axes[-1], ("GRPO steps", "seconds (collection + selection + training)")):
+        axis.set_xlabel(label)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_xlim(left=0)
+    axes[0, 0].legend(frameon=False, title="solid: sampled, dotted: greedy", title_fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def shares(labels, groups):
+    """Percentage of each label in each group of labels: [labels, groups]."""
+    return np.array([[100 * np.mean(np.asarray(group) == label) for group in groups] for label in labels])
+
+
+def plot_selected(runs, path):
+    """For each method that selects, the share of each family and of each pass rate, in the pool and in every phase."""
+    runs = [run for i, run in enumerate(runs) if run["method"] != "full" and run["method"] not in
+            [other["method"] for other in runs[:i]]]  # one seed a method
+    if not runs:
+        return None
+    k = runs[0]["rewards"].shape[1]
+    columns = 2 if any(runs[0]["families"]) else 1
+    figure, axes = plt.subplots(len(runs), columns, figsize=(5.5 * columns, 4.2 * len(runs)), squeeze=False)
+    for row, run in zip(axes, runs):
+        correct = run["rewards"].sum(1).round().astype(int)  # [N], responses of the K that are right
+        properties = [("pass rate under the base policy", correct, range(k + 1), [f"{c}/{k}" for c in range(k + 1)])]
+        if columns == 2:
+            families = sorted(set(run["families"]))
+            properties.insert(0, ("family", np.array(run["families"]), families, families))
+        for axis, (title, values, labels, names) in zip(row, properties):
+            table = shares(labels, [values] + [values[phase["selected"]] for phase in run["phases"]])
+            axis.imshow(table, cmap="Reds", vmin=0, vmax=table.max(), aspect="auto")
+            axis.set_xticks(range(table.shape[1]), ["pool"] + [f"phase {m}" for m in range(len(run["phases"]))], fontsize=8)
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.set_title(f"{run['method']}: % by {title}", fontsize=10)
+            for (i, j), value in np.ndenumerate(table):
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7,
+                          color="white" if value > 0.6 * table.max() else "black")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def print_table(runs):
+    tests = list(curve(runs[0])[2])
+    print(f"\n{'method':<13}{'phase':>5}{'selected':>10}{'selection s':>13}{'training s':>12}"
+          + "".join(f"{test:>14}" for test in tests))
+    for run in runs:
+        start = run["phases"][0]["rows"][0].get("eval", {})
+        print(f"{run['method']:<13}{'base':>5}{'':>35}" + "".join(f"{start[test]['mean']:>14.3f}" for test in tests if start))
+        for m, phase in enumerate(run["phases"]):
+            result = phase["rows"][-1].get("eval", {})
+            print(f"{run['method']:<13}{m:>5}{len(phase['selected']):>10}{phase['selection']:>13.1f}"
+                  f"{phase['rows'][-1]['seconds']:>12.1f}" + "".join(f"{result[test]['mean']:>14.3f}" for test in tests))
+        print(f"{run['method']:<13}collection {run['collection']:.1f} s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders RUN/METHOD made by run_cropi.sh")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures (the current one)")
+    args = parser.parse_args()
+    runs = [read_run(folder) for folder in args.runs]
+    args.out.mkdir(parents=True, exist_ok=True)
+    print_table(runs)
+    for path in (plot_accuracy(runs, args.out / "accuracy.png"), plot_selected(runs, args.out / "selected.png")):
+        if path:
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

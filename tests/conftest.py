@@ -1,0 +1,92 @@
+"""Shared by the tests: the stages as modules, tiny models, a micro world and micro runs of the whole loop."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+torch.set_num_threads(2)
+MICRO = {"PHASES": "2", "STEPS": "3", "BATCH": "4", "GROUP": "4", "K": "6", "K_VAL": "6", "DIM": "256", "SAVE_EVERY": "1",
+         "EVAL_EVERY": "2", "EVAL_SAMPLES": "2", "ALPHA": "0.2", "LR": "1e-3", "PYTHON": sys.executable, "BASELINE": ""}
+
+
+def tiny_qwen(tied, seed=0, vocab=29, **config):
+    """A random Qwen2 with weights large enough that its gradients and log-probs are far from flat."""
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0, **config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def run_script(name, *arguments, cwd=None):
+    """A stage as a user starts it. Returns the finished process."""
+    return subprocess.run([sys.executable, ROOT / name, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def run_loop(run, world, **knobs):
+    """run_cropi.sh on the micro world. Returns its output."""
+    done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
+                          env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run), **knobs})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The toy world with ten prompts a family and a base policy of a few training steps."""
+    import make_toy
+
+    folder = tmp_path_factory.mktemp("world")
+    arguments = sys.argv
+    sys.argv = ["make_toy.py", "--micro", "--sft-steps", "150", "--out", str(folder)]
+    make_toy.main()
+    sys.argv = arguments
+    (folder / "seconds.tsv").write_text("world\t1\n")  # run_cropi.sh: made already
+    GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True, top_k=20, repetition_penalty=1.05,
+                     temperature=0.7).save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_run(tmp_path_factory, world):
+    """Folder RUN of two phases of the whole loop on the micro world, and what it printed."""
+    run = tmp_path_factory.mktemp("run") / "micro"
+    return run, run_loop(run, world)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *arguments): a stage's main() in this process. Returns (exit code, stdout, stderr)."""
+
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        code = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def without_seconds(path):
+    """A file's bytes; of .json and .jsonl files the content without the entries that tell wall-clock seconds."""
+    if path.suffix not in (".json", ".jsonl"):
+        return path.read_bytes()
+    try:
+        documents = [json.loads(path.read_text())]
+    except ValueError:
+        documents = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in document.items() if k != "seconds"} for document in documents]

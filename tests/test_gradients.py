@@ -1,0 +1,141 @@
+"""sketch.py's off-policy gradient against a loop over prompts, trajectories and tokens with plain autograd in float64."""
+
+import pytest
+import sketch
+import torch
+from conftest import tiny_qwen
+from transformers import AutoModelForCausalLM, AutoConfig
+
+TEMPERATURE, K = 0.7, 4
+
+
+class Whole:
+    """Stands where a Projection stands, and keeps every coordinate where it is: the sketch is the gradient."""
+
+    def __init__(self, policy):
+        self.starts, self.dim, self.device = {}, 0, policy.device
+        for name, parameter in policy.named_parameters():
+            self.starts[name] = self.dim
+            self.dim += parameter.numel()
+
+    def add(self, name, gradients, sketches):
+        gradients = gradients.flatten(1)
+        sketches[:, self.starts[name]:self.starts[name] + gradients.shape[1]] += gradients
+
+
+def rollouts(n=5, vocab=29, seed=3):
+    """n prompts with K ragged responses, log-probs of another policy (theta differs from theta(0)) and mixed rewards."""
+    rng = torch.Generator().manual_seed(seed)
+    length = lambda low, high: int(torch.randint(low, high, (), generator=rng))
+    prompts = [torch.randint(vocab, (length(1, 7),), generator=rng) for _ in range(n)]
+    responses = [torch.randint(vocab, (length(1, 9),), generator=rng) for _ in range(n * K)]  # the pad id 0 included
+    beta = [-3 + torch.rand(len(r), generator=rng) for r in responses]
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]])[:n]
+    return prompts, responses, beta, rewards
+
+
+def naive_gradient(policy, prompt, responses, beta, rewards):
+    """1/K sum_k 1/|tau_k| sum_t grad rho_{k,t} A_k, a forward and a backward pass a token, without any code of sketch.py."""
+    parameters = list(policy.parameters())
+    mean = sum(rewards) / K
+    std = (sum((r - mean) ** 2 for r in rewards) / (K - 1)) ** 0.5
+    total = [torch.zeros_like(p) for p in parameters]
+    for response, logp_beta, reward in zip(responses, beta, rewards):
+        for t in range(len(response)):
+            state = torch.cat([prompt, response[:t]])[None]
+            probabilities = torch.softmax(policy(state).logits[0, -1] / TEMPERATURE, -1)
+            ratio = probabilities[response[t]] / logp_beta[t].double().exp()
+            weight = (reward - mean) / (std + 1e-4) / K / len(response)
+            for sum_, gradient in zip(total, torch.autograd.grad(ratio * weight, parameters, allow_unused=True)):
+                if gradient is not None:
+                    sum_ += gradient
+    return torch.cat([t.flatten() for t in total])
+
+
+def gradients(policy, batch, fast=True, rows=None):
+    """The stage's gradients [N, parameters] of prompts `batch`, all at once, or `rows` trajectories at a time."""
+    prompts, responses, beta, rewards = rollouts()
+    advantages = sketch.group_advantage(rewards)
+    sketcher = sketch.Sketcher(policy, Whole(policy), fast)
+    assert sketcher.fast == fast
+    total = 0
+    for first in range(0, K, rows or K):
+        span = range(first, first + (rows or K))
+        chosen = [i * K + j for i in batch for j in span]
+        total = total + sketcher([prompts[i] for i in batch], [responses[r] for r in chosen], [beta[r] for r in chosen],
+                                 advantages[batch][:, list(span)].flatten(), K, TEMPERATURE)
+    for hook in sketcher.hooks:
+        hook.remove()
+    return total
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def policy_and_truth(request):
+    policy = tiny_qwen(tied=request.param)
+    prompts, responses, beta, rewards = rollouts()
+    double = tiny_qwen(tied=request.param).double()
+    truth = [naive_gradient(double, prompts[i], responses[i * K:(i + 1) * K], beta[i * K:(i + 1) * K], rewards[i].tolist())
+             for i in range(len(prompts))]
+    return policy, torch.stack(truth)
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["batched", "plain"])
+def test_gradient_is_the_equation(policy_and_truth, fast):
+    policy, truth = policy_and_truth
+    found = gradients(policy, [0, 1, 2, 3, 4]) if fast else torch.cat([gradients(policy, [i], False) for i in range(5)])
+    assert relative_error(found, truth) <= 1e-5
+
+
+def test_gradient_does_not_depend_on_its_batch(policy_and_truth):
+    policy, truth = policy_and_truth
+    reverse = gradients(policy, [4, 3, 2, 1, 0]).flip(0)
+    alone = torch.cat([gradients(policy, [i]) for i in range(5)])
+    row_by_row = torch.cat([gradients(policy, [i], rows=1) for i in range(5)])
+    for found in (reverse, alone, row_by_row):
+        assert relative_error(found, truth) <= 1e-5
+
+
+ARCHITECTURES = {
+    "llama": dict(num_key_value_heads=2), "qwen3": dict(num_key_value_heads=2, head_dim=8),
+    "gemma2": dict(num_key_value_heads=2, head_dim=8), "gpt2": {}, "gpt_neox": {}, "opt": dict(ffn_dim=24, word_embed_proj_dim=16),
+    "qwen3_moe": dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)}
+# Batched: llama, qwen3, gpt2, gpt_neox. Plain: scaled embeddings, positions with an offset, fused experts.
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_exact(name, capsys):
+    """Batched where the layers allow it, plain autograd where they do not; never a wrong number."""
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        name, vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=1, experts_implementation="eager", **ARCHITECTURES[name])).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    prompts, responses, beta, rewards = rollouts()
+    advantages = sketch.group_advantage(rewards)
+
+    def arguments(batch):
+        return ([prompts[i] for i in batch], [responses[i * K + j] for i in batch for j in range(K)],
+                [beta[i * K + j] for i in batch for j in range(K)], advantages[batch].flatten(), K, TEMPERATURE)
+
+    sketcher = sketch.make_sketcher(policy, Whole(policy), arguments, [0, 1])
+    assert sketcher.fast == (name in ("llama", "qwen3", "gpt2", "gpt_neox"))
+    found = sketcher(*arguments([0, 1, 2] if sketcher.fast else [2]))
+    policy.double().requires_grad_(True)
+    for hook in sketcher.hooks:
+        hook.remove()
+    truth = naive_gradient(policy, prompts[2], responses[2 * K:3 * K], beta[2 * K:3 * K], rewards[2].tolist())
+    assert relative_error(found[-1], truth) <= 2e-5
+
+
+def test_surrogate_counts_tokens_of_each_trajectory():
+    """By hand: rho = (2, 1) and (1), A = (1, -1), K = 2: (1 (2 + 1) / 2 - 1) / 2."""
+    logp = torch.tensor([[0.0, 0.0], [0.0, 9.0]])
+    beta = torch.tensor([[-0.6931472, 0.0], [0.0, 0.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    assert sketch.off_policy_surrogate(logp, beta, torch.tensor([1.0, -1.0]), mask, 2).item() == pytest.approx(0.25)
