@@ -21,7 +21,7 @@ if [ -z "$MODEL" ]; then
     VAL=${VAL:-sort=$TOY/val_sort.jsonl dbl=$TOY/val_dbl.jsonl}
     TEST=${TEST:-targeted=$TOY/test_targeted.jsonl untargeted=$TOY/test_untargeted.jsonl}
     VERIFIER=${VERIFIER:-exact} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-10} TEMPERATURE=${TEMPERATURE:-1.0}
-    PHASES=${PHASES:-4} STEPS=${STEPS:-20} BATCH=${BATCH:-48} LR=${LR:-1e-4} EVAL_EVERY=${EVAL_EVERY:-5} DIM=${DIM:-8192}
+    K_VAL=${K_VAL:-16} PHASES=${PHASES:-3} STEPS=${STEPS:-30} BATCH=${BATCH:-64} LR=${LR:-1e-4} DIM=${DIM:-8192}
 else
     TOY=
 fi

@@ -2,7 +2,7 @@
 
 Writes, into one folder,
 
-    train.jsonl                 12 families x 300 prompts: the pool that CROPI selects from
+    train.jsonl                 12 families x 200 prompts: the pool that CROPI selects from
     val_add.jsonl, val_sub.jsonl    the two targeted validation sets, 100 prompts each
     test_targeted.jsonl         add and sub, 200 prompts each
     test_untargeted.jsonl       the other ten families, 40 prompts each
@@ -177,7 +177,7 @@ def main():
     part = args.out / "base.part"
     shutil.rmtree(part, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = {"train": 10, "val": 8, "test": (6, 2)} if args.micro else {"train": 300, "val": 100, "test": (200, 40)}
+    sizes = {"train": 10, "val": 8, "test": (6, 2)} if args.micro else {"train": 200, "val": 100, "test": (200, 40)}
     held_out = write_data(args.out, sizes, random.Random(args.seed))
     if not (args.out / "base").exists():
         train_base(part, held_out, args.sft_steps, random.Random(args.seed + 1), args.seed)
