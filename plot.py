@@ -29,7 +29,8 @@ COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "random
 
 def fail(file, found, expected, mend):
     """Wrong input: one line on stderr, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}", file=sys.stderr)
+    line = f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
 
 

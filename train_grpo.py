@@ -263,17 +263,29 @@ def batches_by_tokens(lengths, budget):
     return batches + [batch]
 
 
-def roll_out(engine, policy, tokenizer, prompts, answers, k, temperature, meta, seeds, budget):
+def roll_out(policy, tokenizer, prompts, answers, k, temperature, meta, seeds, args):
     """k verified responses a prompt: responses, logprobs (B*k lists each, prompt-major) and rewards [B, k]."""
     responses, logprobs, rewards = [[]] * (len(prompts) * k), [[]] * (len(prompts) * k), torch.zeros(len(prompts), k)
-    for batch in batches_by_tokens([k * (len(p) + meta["max_new_tokens"]) for p in prompts], budget):
-        drawn, logp = engine(policy, [prompts[i] for i in batch], k, temperature, meta["max_new_tokens"],
-                             meta["eos_ids"], [seeds[i] for i in batch])
+    for batch in batches_by_tokens([k * (len(p) + meta["max_new_tokens"]) for p in prompts], args.batch_tokens):
+        drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, temperature, meta["max_new_tokens"],
+                                           meta["eos_ids"], [seeds[i] for i in batch])
         texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
         for j, i in enumerate(batch):
-            responses[i * k:(i + 1) * k], logprobs[i * k:(i + 1) * k] = drawn[j * k:(j + 1) * k], logp[j * k:(j + 1) * k]
-            rewards[i] = torch.tensor([verify(t, answers[i], meta["verifier"]) for t in texts[j * k:(j + 1) * k]])
+            here, there = slice(j * k, (j + 1) * k), slice(i * k, (i + 1) * k)
+            responses[there], logprobs[there] = drawn[here], logp[here]
+            rewards[i] = torch.tensor([verify(text, answers[i], meta["verifier"]) for text in texts[here]])
     return responses, logprobs, rewards
+
+
+def evaluate(policy, tokenizer, tests, args):
+    """{test set: accuracy sampled at the training temperature and greedy}; the same random numbers at every step."""
+    results = {}
+    for name, (prompts, answers, meta) in tests.items():
+        seeds = [stream_seed(args.seed, "eval", i) for i in range(len(prompts))]
+        mean, greedy = (float(roll_out(policy, tokenizer, prompts, answers, k, temperature, meta, seeds, args)[2].mean())
+                        for k, temperature in ((args.eval_samples, meta["temperature"]), (1, 0.0)))
+        results[name] = {"mean": mean, "greedy": greedy}
+    return {"eval": results} if results else {}
 
 
 def grpo_step(policy, reference, optimizer, prompts, responses, logp_old, rewards, temperature, args):
@@ -359,12 +371,9 @@ def main():
     meta, answers = rollouts["meta"], rollouts["answers"]
     prompts = [p.tolist() for p in rollouts["prompts"]]
     selected = load_selection(args.select, len(prompts))
-    tests = {}
-    for path in args.eval:
-        test = load_rollouts(path)
-        tests[Path(path).stem] = ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"])
-    tokenizer = load_tokenizer(args.model)
-    policy = load_policy(args.model, args.device, args.dtype)
+    loaded = {Path(path).stem: load_rollouts(path) for path in args.eval}
+    tests = {name: ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"]) for name, test in loaded.items()}
+    tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, args.device, args.dtype)
     reference = load_policy(args.ref or args.model, args.device, args.dtype) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     first, done, metrics = 0, 0, []  # steps of earlier phases, steps of this one
@@ -374,12 +383,11 @@ def main():
             optimizer.load_state_dict(state["optimizer"])
             first = state["step"]
         except Exception as error:  # missing, damaged, or of another model
-            fail(args.optimizer, f"no usable state ({type(error).__name__})", "an optimizer.pt of the same model",
-                 "take the one in the policy's folder")
+            fail(args.optimizer, f"no usable state ({error})", "an optimizer.pt of the same model", "take the policy's own")
     try:
         part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(args.out, f"a path that cannot be written ({error.strerror})", "a writable place", "choose another --out")
+        fail(args.out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     if (part / "checkpoint.pt").exists():
         check_same_settings(part, settings)
         state = torch.load(part / "checkpoint.pt", weights_only=True)
@@ -390,36 +398,25 @@ def main():
     for group in optimizer.param_groups:
         group["lr"] = args.lr
 
-    def evaluate():
-        results = {}
-        for name, (test_prompts, test_answers, test_meta) in tests.items():
-            seeds = [stream_seed(args.seed, "eval", i) for i in range(len(test_prompts))]  # the same at every step
-            run = [roll_out(ENGINES[args.engine], policy, tokenizer, test_prompts, test_answers, k, temperature, test_meta,
-                            seeds, args.batch_tokens)[2].mean().item()
-                   for k, temperature in ((args.eval_samples, meta["temperature"]), (1, 0.0))]
-            results[name] = {"mean": run[0], "greedy": run[1]}
-        return {"eval": results} if results else {}
-
     # Training
-    clock = metrics[-1]["seconds"] if metrics else 0.0
     if first + done == 0 and not metrics:
-        metrics.append({"step": 0, "seconds": 0.0, **evaluate()})
+        metrics.append({"step": 0, "seconds": 0.0, **evaluate(policy, tokenizer, tests, args)})
+    clock = metrics[-1]["seconds"] if metrics else 0.0
     progress = tqdm(range(done, args.steps), initial=done, total=args.steps, desc=f"train {args.out}", unit="step")
     for s in progress:
-        began, step = time.perf_counter(), first + s
+        began, step, last = time.perf_counter(), first + s, s + 1 == args.steps
         batch = batch_of_step(selected, args.batch_size, step, args.seed)
-        queries = [prompts[i] for i in batch]
-        responses, logp_old, rewards = roll_out(
-            ENGINES[args.engine], policy, tokenizer, queries, [answers[i] for i in batch], args.group, meta["temperature"],
-            meta, [stream_seed(args.seed, step, j) for j in range(len(batch))], args.batch_tokens)
+        queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, step, j) for j in range(len(batch))]
+        responses, logp_old, rewards = roll_out(policy, tokenizer, queries, [answers[i] for i in batch], args.group,
+                                                meta["temperature"], meta, seeds, args)
         row = grpo_step(policy, reference, optimizer, queries, responses, logp_old, rewards, meta["temperature"], args)
         row["truncated"] = sum(r[-1] not in meta["eos_ids"] for r in responses) / len(responses)
         clock += time.perf_counter() - began
-        last = s + 1 == args.steps
-        metrics.append({"step": step + 1, "seconds": clock, **row,
-                        **(evaluate() if last or (step + 1) % args.eval_every == 0 else {})})
-        progress.set_postfix(reward=f"{row['reward']:.2f}", live=f"{row['live']:.2f}")
+        if last or (step + 1) % args.eval_every == 0:
+            row.update(evaluate(policy, tokenizer, tests, args))
+        metrics.append({"step": step + 1, "seconds": clock, **row})
         (part / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        progress.set_postfix(reward=f"{row['reward']:.2f}", live=f"{row['live']:.2f}")
         if (s + 1) % args.save_every == 0 and not last:
             state = {"step": s + 1, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
             torch.save(state, part / "checkpoint.new")

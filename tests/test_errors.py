@@ -1,0 +1,245 @@
+"""Bad input: one line that names the file, exit code 2, and the output that was there is untouched."""
+
+import json
+import pickle
+import shutil
+
+import collect
+import numpy as np
+import plot
+import pytest
+import score
+import sketch
+import torch
+import train_grpo
+from conftest import run_script
+
+OLD = b"an output of an earlier run"
+
+
+class Refusal:
+    """Runs a stage that must refuse, and checks how it says so."""
+
+    def __init__(self, call, folder):
+        self.call, self.out = call, folder / "out.bin"
+
+    def __call__(self, module, *arguments, names, says, out=None):
+        target = out or self.out
+        if out is None:
+            target.write_bytes(OLD)
+        code, _, err = self.call(module, *arguments, "--out", target)
+        assert code == 2, err
+        lines = err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith(f"{module.__name__}.py: error: "), err
+        assert str(names) in lines[0] and says in lines[0] and "; expected " in lines[0], err
+        if out is None:
+            assert target.read_bytes() == OLD
+
+
+@pytest.fixture
+def refuses(call, tmp_path):
+    return Refusal(call, tmp_path)
+
+
+@pytest.fixture
+def files(micro_run, world):
+    """Good inputs: the micro run's."""
+    run, _ = micro_run
+    phase = run / "cropi/phase-0"
+    return {"base": world / "base", "data": world / "train.jsonl", "rollouts": run / "rollouts/train.pt",
+            "val_rollouts": run / "rollouts/val_sort.pt", "train": phase / "train.npy", "val": phase / "val_sort.npy",
+            "selected": phase / "selected.npy", "test": run / "rollouts/targeted.pt"}
+
+
+def truncated(path, folder):
+    """A copy of a file that ends after two thirds of its bytes, a sketch's .json beside it."""
+    copy = folder / path.name
+    copy.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
+    if path.with_suffix(".json").exists():
+        shutil.copy(path.with_suffix(".json"), copy.with_suffix(".json"))
+    return copy
+
+
+def altered_sketch(path, folder, change=lambda array: array, **sidecar):
+    copy = folder / "altered.npy"
+    np.save(copy, change(np.load(path)))
+    seen = json.loads(path.with_suffix(".json").read_text())
+    copy.with_suffix(".json").write_text(json.dumps({**seen, **sidecar}))
+    return copy
+
+
+def altered_rollouts(path, folder, **changes):
+    copy = folder / "altered.pt"
+    torch.save({**torch.load(path, weights_only=True), **changes}, copy)
+    return copy
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+def bad_rollouts(kind, good, folder):
+    path = folder / f"{kind}.pt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "torch-pickle":
+        torch.save(Bomb(), path)
+    elif kind == "other":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif kind == "text":
+        path.write_text("not a tensor in sight\n")
+    elif kind == "truncated":
+        return truncated(good, folder)
+    elif kind == "inconsistent":
+        return altered_rollouts(good, folder, response_tokens=torch.zeros(5, dtype=torch.int32))
+    return path
+
+
+KINDS = ["missing", "pickle", "torch-pickle", "other", "text", "truncated", "inconsistent"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["sketch", "score", "train_grpo"])
+def test_bad_rollouts(stage, kind, files, refuses, tmp_path, capfd):
+    bad = bad_rollouts(kind, files["rollouts"], tmp_path)
+    if stage == "sketch":
+        refuses(sketch, "--model", files["base"], "--rollouts", bad, names=bad, says="found no readable rollouts")
+    elif stage == "score":
+        refuses(score, "--method", "random", "--rollouts", bad, names=bad, says="found no readable rollouts")
+    else:
+        refuses(train_grpo, "--model", files["base"], "--rollouts", bad, "--select", files["selected"], "--steps", 1,
+                names=bad, says="found no readable rollouts", out=tmp_path / "policy")
+        assert not (tmp_path / "policy").exists()
+    assert "this code ran" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_missing_and_truncated_sketches(which, files, refuses, tmp_path):
+    for bad in (tmp_path / "none.npy", truncated(files[which], tmp_path)):
+        paths = {**files, which: bad}
+        refuses(score, "--train", paths["train"], "--val", paths["val"], names=bad.name, says="found")
+
+
+def test_sketch_that_is_a_pickle(files, refuses, tmp_path):
+    np.save(tmp_path / "p.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    shutil.copy(files["train"].with_suffix(".json"), tmp_path / "p.json")
+    refuses(score, "--train", tmp_path / "p.npy", "--val", files["val"], names="p.npy", says="unreadable")
+
+
+@pytest.mark.parametrize("key, value", [("seed", 7), ("keep", 0.5), ("policy", "another"), ("projection", "rademacher")])
+def test_sketches_that_do_not_match(key, value, files, refuses, tmp_path):
+    other = altered_sketch(files["val"], tmp_path, **{key: value})
+    refuses(score, "--train", files["train"], "--val", other, names=other, says=f"found {key} {value}")
+
+
+def test_sketches_of_another_dim(files, refuses, tmp_path):
+    other = altered_sketch(files["val"], tmp_path, lambda array: array[:, :100], dim=100)
+    refuses(score, "--train", files["train"], "--val", other, names=other, says="found dim 100")
+
+
+def test_nan_in_a_sketch(files, refuses, tmp_path):
+    def poison(array):
+        array[3, 5] = np.nan
+        return array
+
+    bad = altered_sketch(files["train"], tmp_path, poison)
+    refuses(score, "--train", bad, "--val", files["val"], names=bad, says="NaN or infinity in row 3")
+
+
+def test_rollouts_and_sketch_of_different_n(files, refuses):
+    refuses(score, "--train", files["train"], "--val", files["val"], "--rollouts", files["val_rollouts"],
+            names=files["train"], says="found 120 rows")
+
+
+@pytest.mark.parametrize("alpha, says", [("0", "found 0.0"), ("-0.1", "found -0.1"), ("1.5", "found 1.5"),
+                                         ("0.001", "at least one prompt")])
+def test_alpha(alpha, says, files, refuses):
+    refuses(score, "--train", files["train"], "--val", files["val"], f"--alpha={alpha}", names="--alpha", says=says)
+
+
+def test_one_response_has_no_variance(files, refuses, tmp_path):
+    good = torch.load(files["rollouts"], weights_only=True)
+    one = altered_rollouts(files["rollouts"], tmp_path, rewards=good["rewards"][:, :1],
+                           response_offsets=torch.arange(121), response_tokens=good["response_tokens"][:120],
+                           logprobs=good["logprobs"][:120])
+    refuses(sketch, "--model", files["base"], "--rollouts", one, names=one, says="found K = 1")
+    refuses(score, "--method", "learnability", "--rollouts", one, names=one, says="found K = 1")
+
+
+def test_no_prompt_with_a_variance(files, refuses, tmp_path):
+    flat = altered_rollouts(files["rollouts"], tmp_path, rewards=torch.ones(120, 6))
+    refuses(sketch, "--model", files["base"], "--rollouts", flat, names=flat, says="equal rewards in every group")
+    refuses(score, "--method", "passrate", "--rollouts", flat, names=flat, says="no prompt with a reward variance")
+
+
+@pytest.mark.parametrize("text, says", [
+    ("", "an empty file"), ('{"prompt": "1+1=", "answer": "2"}\nnot json\n', "unreadable data"),
+    ('{"question": "1+1=", "answer": "2"}\n', "columns ['question', 'answer']"),
+    ('{"prompt": "1+1=", "answer": " "}\n', "an empty answer in example 1"),
+    ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "", "answer": "2"}\n', "an empty prompt in example 2"),
+    (json.dumps({"prompt": "1+" * 40, "answer": "2"}) + "\n", "a prompt of 80 tokens (example 1)")])
+def test_bad_data(text, says, files, refuses, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(text)
+    refuses(collect, "--model", files["base"], "--data", data, "--max-new-tokens", 8, names=data, says=says)
+
+
+def test_missing_data(files, refuses, tmp_path):
+    refuses(collect, "--model", files["base"], "--data", tmp_path / "no.jsonl", names="no.jsonl", says="no such file")
+
+
+def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(files["base"] / name, tmp_path / name)
+    refuses(collect, "--model", tmp_path, "--data", files["data"], names=tmp_path, says="found no tokenizer")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refuses(sketch, "--model", empty, "--rollouts", files["rollouts"], names=empty, says="found no loadable model")
+
+
+@pytest.mark.parametrize("stage", ["collect", "sketch", "score", "train_grpo"])
+def test_output_that_cannot_be_written(stage, files, refuses, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where a folder should be")
+    out, arguments = blocked / "out", {
+        "collect": (collect, "--model", files["base"], "--data", files["data"], "--max-new-tokens", 4),
+        "sketch": (sketch, "--model", files["base"], "--rollouts", files["rollouts"]),
+        "score": (score, "--train", files["train"], "--val", files["val"]),
+        "train_grpo": (train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", files["selected"],
+                       "--steps", 1)}[stage]
+    refuses(*arguments, names=out, says="cannot be written", out=out)
+    assert blocked.read_text() == "a file where a folder should be"
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "out of range"])
+def test_bad_selection(kind, files, refuses, tmp_path):
+    bad = truncated(files["selected"], tmp_path) if kind == "truncated" else tmp_path / "bad.npy"
+    if kind == "out of range":
+        np.save(bad, np.array([3, 120]))
+    refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", bad, "--steps", 1,
+            names=bad, says="no usable selection", out=tmp_path / "policy")
+
+
+def test_training_folder_of_other_settings(files, refuses, tmp_path):
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps({"lr": 0.5}))
+    refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", files["selected"],
+            "--steps", 1, names=folder, says="a run with another", out=folder)
+    assert [path.name for path in folder.iterdir()] == ["args.json"]
+
+
+def test_plot_of_no_run(refuses, tmp_path):
+    refuses(plot, tmp_path, names=tmp_path, says="no readable run", out=tmp_path)
+
+
+def test_exit_code_of_a_process(tmp_path):
+    done = run_script("score.py", "--method", "full", "--rollouts", tmp_path / "none.pt", "--out", tmp_path / "s.npy")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.pt" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["collect.py", "sketch.py", "score.py", "train_grpo.py", "plot.py"])
+def test_help(script):
+    done = run_script(script, "--help")
+    assert done.returncode == 0 and "Reads" in done.stdout and "Writes" in done.stdout and not done.stderr

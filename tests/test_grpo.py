@@ -1,0 +1,139 @@
+"""train_grpo.py: the objective and its gradient against closed forms in float64, and a case in which it must learn."""
+
+import argparse
+import copy
+import json
+
+import pytest
+import torch
+import train_grpo
+from conftest import tiny_qwen
+from test_gradients import relative_error
+from transformers import Qwen2Tokenizer
+
+CLIP, KL = 0.2, 0.05
+
+
+def test_objective_and_gradient_in_closed_form():
+    """Ratios far out on both sides, advantages of both signs: every branch of the min, with the KL term, by scalars."""
+    rng = torch.Generator().manual_seed(0)
+    shape = (6, 9)
+    logp = (-2 + torch.randn(shape, generator=rng, dtype=torch.float64)).requires_grad_()
+    old = logp.detach() + 0.4 * torch.randn(shape, generator=rng, dtype=torch.float64)
+    ref = logp.detach() + 0.5 * torch.randn(shape, generator=rng, dtype=torch.float64)
+    advantages = torch.tensor([1.5, -0.7, 0.3, -2.0, 0.0, 1.0], dtype=torch.float64)
+    lengths = [9, 1, 5, 7, 3, 8]
+    mask = torch.arange(9) < torch.tensor(lengths)[:, None]
+    found = train_grpo.grpo_objective(logp, old, ref, advantages, mask, CLIP, KL)
+    slope = torch.autograd.grad(found.sum(), logp)[0]
+    clipped = {True: 0, False: 0}
+    for i in range(6):
+        total = 0.0
+        for t in range(9):
+            if t >= lengths[i]:
+                assert slope[i, t] == 0
+                continue
+            x, a = logp[i, t].item(), advantages[i].item()
+            ratio, delta = torch.tensor(x - old[i, t].item()).exp().item(), ref[i, t].item() - x
+            k3 = torch.tensor(delta, dtype=torch.float64).exp().item() - delta - 1
+            ratio = torch.tensor(x - old[i, t].item(), dtype=torch.float64).exp().item()
+            outside = ratio > 1 + CLIP if a > 0 else ratio < 1 - CLIP  # where the clipped branch is the smaller one
+            total += (min(max(ratio, 1 - CLIP), 1 + CLIP) if outside else ratio) * a - KL * k3
+            expected = (0 if outside else ratio * a) + KL * (torch.tensor(delta, dtype=torch.float64).exp().item() - 1)
+            assert slope[i, t].item() == pytest.approx(expected / lengths[i], abs=1e-12)
+            clipped[outside and a != 0] += 1
+        assert found[i].item() == pytest.approx(total / lengths[i], abs=1e-12)
+    assert min(clipped.values()) >= 5
+    free = train_grpo.grpo_objective(logp, old, None, advantages, mask, CLIP, KL)
+    penalty = (train_grpo.kl_k3(logp, ref) * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(found, free - KL * penalty)
+
+
+def test_advantages():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
+    found = train_grpo.group_advantage(rewards)
+    for row, values in zip(found.tolist(), rewards.tolist()):
+        mean = sum(values) / 4
+        std = (sum((r - mean) ** 2 for r in values) / 3) ** 0.5
+        assert row == pytest.approx([(r - mean) / (std + 1e-4) for r in values], rel=1e-5) and (std or row == [0.0] * 4)
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 2]]
+
+
+def one_step(batch_tokens, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0)):
+    """grpo_step on 3 prompts x 4 ragged responses, off-policy on purpose; the move of all parameters, and the inputs."""
+    rng = torch.Generator().manual_seed(1)
+    responses = [torch.randint(29, (int(torch.randint(1, 8, (), generator=rng)),), generator=rng).tolist() for _ in range(12)]
+    policy, reference = tiny_qwen(tied=True), tiny_qwen(tied=True, seed=5)
+    before = copy.deepcopy(policy).double()
+    prompts = [p for p in PROMPTS for _ in range(4)]
+    logp, mask = train_grpo.response_logprobs(policy, prompts, responses, 0.8)
+    noise = 0.3 * torch.randn(logp.shape, generator=rng)
+    old = [(logp[i] + noise[i])[mask[i]].tolist() for i in range(12)]
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
+    args = argparse.Namespace(clip=CLIP, kl_coef=KL, max_grad_norm=1e9, batch_tokens=batch_tokens)
+    row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters()), PROMPTS, responses, old, rewards, 0.8, args)
+    move = torch.cat([(a.double() - b).flatten() for a, b in zip(policy.parameters(), before.parameters())]).detach()
+    return move, row, (before, reference.double(), responses, old, rewards)
+
+
+def test_step_is_the_gradient_of_the_objective():
+    """A step of SGD at rate 1 moves the parameters by the gradient of J, here token by token in float64."""
+    move, row, (policy, reference, responses, old, rewards) = one_step(10**6)
+    total, clipped = 0, 0
+    for i, response in enumerate(responses):
+        group = rewards[i // 4].double()
+        advantage = (group[i % 4] - group.mean()) / (group.std() + 1e-4)
+        for t, token in enumerate(response):
+            state = torch.tensor([PROMPTS[i // 4] + response[:t]])
+            logp = torch.log_softmax(policy(state).logits[0, -1] / 0.8, -1)[token]
+            delta = torch.log_softmax(reference(state).logits[0, -1] / 0.8, -1)[token].detach() - logp
+            ratio = (logp - old[i][t]).exp()
+            bounded = ratio.clamp(1 - CLIP, 1 + CLIP)
+            clipped += bool(ratio != bounded)
+            gain = torch.minimum(ratio * advantage, bounded * advantage) - KL * (delta.exp() - delta - 1)
+            total = total + gain / len(response) / 12
+    truth = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
+    assert relative_error(move, truth) <= 1e-4
+    assert row["clipped"] == pytest.approx(clipped / sum(map(len, responses))) and 0 < clipped
+
+
+def test_accumulation_is_the_whole_batch():
+    whole, first, _ = one_step(10**6)
+    single, second, _ = one_step(1)  # twelve micro-batches of one response
+    assert relative_error(single, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
+
+
+def test_two_armed_bandit(tmp_path, call):
+    """One prompt, two one-token answers of equal probability: GRPO must raise the expected reward from 0.5 to above 0.9."""
+    policy = tiny_qwen(tied=False, vocab=2)
+    with torch.no_grad():
+        policy.lm_head.weight.zero_()
+    expected_reward = lambda model: torch.softmax(model(torch.tensor([[0]])).logits[0, -1], -1)[1].item()
+    assert expected_reward(policy) == 0.5
+    policy.save_pretrained(tmp_path / "base")
+    Qwen2Tokenizer(vocab={"a": 0, "b": 1}, merges=[], unk_token="a", pad_token="a", eos_token="a").save_pretrained(tmp_path / "base")
+    torch.save({"prompt_tokens": torch.zeros(1, dtype=torch.int32), "prompt_offsets": torch.tensor([0, 1]),
+                "response_tokens": torch.zeros(0, dtype=torch.int32), "response_offsets": torch.tensor([0]),
+                "logprobs": torch.zeros(0), "rewards": torch.zeros(1, 0), "answers": ["b"], "families": [""],
+                "meta": {"format": 1, "temperature": 1.0, "max_new_tokens": 1, "eos_ids": [7], "verifier": "exact"}},
+               tmp_path / "r.pt")
+    import numpy as np
+
+    np.save(tmp_path / "s.npy", np.array([0]))
+    code, _, err = call(train_grpo, "--model", tmp_path / "base", "--rollouts", tmp_path / "r.pt", "--select",
+                        tmp_path / "s.npy", "--out", tmp_path / "policy", "--steps", 40, "--batch-size", 4, "--lr", 1e-2)
+    assert code == 0, err
+    assert expected_reward(train_grpo.load_policy(tmp_path / "policy", "cpu", "float32")) > 0.9
+    rows = [json.loads(line) for line in open(tmp_path / "policy/metrics.jsonl")]
+    assert [row["step"] for row in rows] == list(range(41)) and rows[-1]["reward"] > rows[1]["reward"]
+
+
+def test_each_epoch_visits_every_selected_prompt_once():
+    selected, size = [3, 8, 1, 9, 4], 4
+    visited = [i for step in range(10) for i in train_grpo.batch_of_step(selected, size, step, seed=2)]
+    epochs = [visited[start:start + 5] for start in range(0, 40, 5)]
+    assert all(sorted(epoch) == sorted(selected) for epoch in epochs) and len(set(map(tuple, epochs))) > 4
+    large = train_grpo.batch_of_step(selected, 10, 0, seed=2)  # a batch of two epochs
+    assert sorted(large) == sorted(selected * 2)

@@ -1,0 +1,139 @@
+"""The whole loop on a micro world: every promised file, the same bytes again, and through SIGKILL."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import MICRO, ROOT, run_loop, without_seconds
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def test_micro_run_leaves_every_promised_file(micro_run):
+    run, output = micro_run
+    for m in range(2):
+        phase = run / "cropi" / f"phase-{m}"
+        for name in ("train", "val_sort", "val_dbl"):
+            sidecar = json.loads((phase / f"{name}.json").read_text())
+            assert np.load(phase / f"{name}.npy").shape == (sidecar["prompts"], sidecar["dim"])
+        selected = np.load(phase / "selected.npy")
+        assert np.load(phase / "scores.npy").shape == (120, 2) and 0 < len(selected) <= 24
+        rewards = torch.load(run / "rollouts/train.pt", weights_only=True)["rewards"]
+        assert (rewards[selected].std(1) > 0).all()
+        policy = AutoModelForCausalLM.from_pretrained(phase / "policy")
+        tokenizer = AutoTokenizer.from_pretrained(phase / "policy")
+        assert policy(**tokenizer("sort(21)", return_tensors="pt")).logits.isfinite().all()
+        rows = [json.loads(line) for line in (phase / "policy/metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == ([0, 1, 2, 3] if m == 0 else [4, 5, 6])
+        assert set(rows[-1]["eval"]) == {"targeted", "untargeted"}
+        optimizer = torch.load(phase / "policy/optimizer.pt", weights_only=True)
+        assert optimizer["step"] == 3 * (m + 1)  # AdamW's state is carried on
+        assert {float(state["step"]) for state in optimizer["optimizer"]["state"].values()} == {3.0 * (m + 1)}
+        args = json.loads((phase / "policy/args.json").read_text())
+        assert args["ref"].endswith("base")  # the reference stays theta(0)
+    for picture in ("accuracy.png", "selected.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG") and str(run / picture) in output
+    assert not list(run.rglob("*.part")) and "selection s" in output
+    one, other = ((run / f"influence/phase-{m}/selected.npy").read_bytes() for m in range(2))
+    assert one == other  # selected once
+
+
+def test_second_phase_is_sketched_at_the_new_policy(micro_run):
+    run, _ = micro_run
+    first, second = (json.loads((run / f"cropi/phase-{m}/train.json").read_text())["policy"] for m in range(2))
+    assert first != second
+    assert first == json.loads((run / "influence/phase-0/train.json").read_text())["policy"]
+
+
+def artefacts(run):
+    return {str(path.relative_to(run)): without_seconds(path) for path in sorted(run.rglob("*"))
+            if path.is_file() and path.name != "seconds.tsv" and path.suffix != ".png"}
+
+
+def test_same_bytes_again_and_through_kills_of_the_loop(micro_run, world):
+    """The loop once more in the same place, killed three times on its way."""
+    run, _ = micro_run
+    first = run.with_name("first")
+    os.rename(run, first)
+    try:
+        command = dict(args=["bash", ROOT / "run_cropi.sh"], start_new_session=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run)})
+        for until in ("rollouts/val_sort.pt", "influence/phase-0/policy.part", "cropi/phase-1"):
+            process = subprocess.Popen(**command)
+            while not (run / until).exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        run_loop(run, world)
+        expected, found = artefacts(first), artefacts(run)
+        assert expected.keys() == found.keys() and len(expected) > 60
+        assert [name for name in expected if expected[name] != found[name]] == []
+    finally:
+        shutil.rmtree(first)
+
+
+def test_loop_refuses_other_settings(micro_run, world):
+    run, _ = micro_run
+    before = artefacts(run)
+    done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
+                          env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run), "LR": "1e-2"})
+    assert done.returncode == 2 and "LR=1e-2" in done.stderr and artefacts(run) == before
+
+
+def commands(run, world, out):
+    """Each stage as the loop started it (phase 1 of cropi), writing to `out`: {stage: (arguments, files it leaves)}."""
+    phase, rollouts = run / "cropi/phase-1", run / "rollouts"
+    return {
+        "collect": (["collect.py", "--model", world / "base", "--data", world / "train.jsonl", "--out", out / "train.pt",
+                     "--k", 6, "--verifier", "exact", "--max-new-tokens", 10],
+                    {out / "train.pt": rollouts / "train.pt"}),
+        "sketch": (["sketch.py", "--model", run / "cropi/phase-0/policy", "--rollouts", rollouts / "train.pt",
+                    rollouts / "val_sort.pt", "--out", out / "train.npy", out / "val.npy", "--dim", 256],
+                   {out / "train.npy": phase / "train.npy", out / "val.npy": phase / "val_sort.npy",
+                    out / "train.json": phase / "train.json"}),
+        "score": (["score.py", "--train", phase / "train.npy", "--val", phase / "val_sort.npy", phase / "val_dbl.npy",
+                   "--rollouts", rollouts / "train.pt", "--out", out / "selected.npy", "--alpha", "0.2"],
+                  {out / "selected.npy": phase / "selected.npy", out / "scores.npy": phase / "scores.npy"}),
+        "train_grpo": (["train_grpo.py", "--model", run / "cropi/phase-0/policy", "--ref", world / "base", "--rollouts",
+                        rollouts / "train.pt", "--select", phase / "selected.npy", "--eval", rollouts / "targeted.pt",
+                        rollouts / "untargeted.pt", "--optimizer", run / "cropi/phase-0/policy/optimizer.pt", "--out",
+                        out / "policy", "--steps", 3, "--batch-size", 4, "--group", 4, "--lr", "1e-3", "--eval-every", 2,
+                        "--eval-samples", 2, "--save-every", 1],
+                       {out / "policy" / name: phase / "policy" / name
+                        for name in ("model.safetensors", "config.json", "tokenizer.json", "optimizer.pt", "metrics.jsonl")})}
+
+
+@pytest.mark.parametrize("stage", ["collect", "sketch", "score", "train_grpo"])
+def test_killed_stage_ends_with_the_same_bytes(micro_run, world, tmp_path, stage):
+    """SIGKILL at three moments, each later than the one before, then to the end."""
+    arguments, files = commands(micro_run[0], world, tmp_path)[stage]
+    command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
+    began = time.monotonic()
+    reached = {"train_grpo": tmp_path / "policy.part/checkpoint.pt", "sketch": tmp_path / "train.npy"}.get(stage)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if reached:  # first in the middle of the work
+        while not reached.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+    else:
+        time.sleep(1.5)
+    process.kill()
+    process.wait()
+    elapsed = time.monotonic() - began
+    for moment in (0.7 * elapsed, 1.1 * elapsed):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for made, undisturbed in files.items():
+        assert without_seconds(made) == without_seconds(undisturbed), made.name
+    assert not list(tmp_path.rglob("*.part"))

@@ -1,0 +1,88 @@
+"""The sparse random projection: linear, reproducible anywhere, unbiased, of the variance that theory gives, everywhere."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_qwen
+from sketch import Projection, kept_coordinates
+
+SHAPES = {"a.weight": (40, 30), "b.bias": (17,), "c.weight": (100,)}
+
+
+def project(gradients, seed=0, keep=0.3, dim=64, kind="sjlt"):
+    """Sketches [B, dim] of {name: [B, *shape]}."""
+    projection = Projection(seed, keep, dim, kind, "cpu")
+    sketches = torch.zeros(len(next(iter(gradients.values()))), dim)
+    for name, gradient in gradients.items():
+        projection.add(name, gradient, sketches)
+    return sketches
+
+
+def random_gradients(b, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(b, *shape, generator=rng) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+def test_linear(kind):
+    x, y = random_gradients(3, 1), random_gradients(3, 2)
+    mixed = {name: 2 * x[name] - 3 * y[name] for name in SHAPES}
+    torch.testing.assert_close(project(mixed, kind=kind), 2 * project(x, kind=kind) - 3 * project(y, kind=kind),
+                               rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+def test_same_in_another_process(kind, tmp_path):
+    script = (f"import sys, torch; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+              f"from test_projection import *; torch.randn(5)\n"
+              f"torch.save(project(random_gradients(2, 4), kind={kind!r}), sys.argv[1])")
+    subprocess.run([sys.executable, "-c", script, tmp_path / "x.pt"], check=True)
+    here = project(random_gradients(2, 4), kind=kind)
+    assert torch.equal(torch.load(tmp_path / "x.pt"), here)
+    assert not torch.equal(project(random_gradients(2, 4), kind=kind, seed=1), here)
+
+
+@pytest.mark.parametrize("kind, keep", [("sjlt", 0.3), ("sjlt", 1.0), ("rademacher", 0.3)])
+def test_inner_products_unbiased_with_the_variance_of_theory(kind, keep):
+    x, y = random_gradients(1, 5), random_gradients(1, 6)
+    y = {name: 0.5 * x[name] + y[name] for name in SHAPES}
+    pair = {name: torch.cat([x[name], y[name]]) for name in SHAPES}
+    flat = torch.cat([pair[name].flatten(1) for name in SHAPES], 1).double()
+    truth, dim, seeds = float(flat[0] @ flat[1]), 64, 600
+    found = []
+    for seed in range(seeds):
+        sketches = project(pair, seed, keep, dim, kind).double()
+        found.append(sketches[0] @ sketches[1])
+    found = torch.stack(found)
+    squares = float((flat[0] ** 2 * flat[1] ** 2).sum())
+    variance = (1 / keep - 1) * squares + float(flat[0] @ flat[0] * (flat[1] @ flat[1]) + truth**2 - 2 * squares) / dim
+    assert abs(found.mean() - truth) <= 3 * (variance / seeds) ** 0.5
+    # the sample variance of a near-normal variable spreads by sqrt(2 / seeds) = 6% of itself
+    assert float(found.var()) == pytest.approx(variance, rel=4 * (2 / seeds) ** 0.5)
+
+
+def test_kept_coordinates_are_bernoulli():
+    """Rate, range, order and independence of neighbours, over a million coordinates at three rates."""
+    for keep in (0.1, 0.01, 0.7):
+        n = 1_000_000
+        kept = kept_coordinates(n, keep, torch.Generator().manual_seed(1))
+        assert (kept.diff() > 0).all() and kept[0] >= 0 and kept[-1] < n
+        assert abs(len(kept) - keep * n) <= 4 * (keep * (1 - keep) * n) ** 0.5
+        both = int((kept.diff() == 1).sum())  # neighbours kept together: keep^2 of the pairs
+        assert abs(both - keep**2 * n) <= 5 * (keep**2 * n) ** 0.5
+    assert kept_coordinates(50, 1.0, torch.Generator()).tolist() == list(range(50))
+
+
+def test_masks_cover_every_kind_of_parameter():
+    policy = tiny_qwen(tied=True)
+    kinds = {"embed": [0, 0], "attn": [0, 0], "mlp": [0, 0], "norm": [0, 0]}
+    for seed in range(20):
+        projection = Projection(seed, 0.1, 8, "sjlt", "cpu")
+        for name, parameter in policy.named_parameters():
+            kind = next(kind for kind in ("norm", "attn", "mlp", "embed") if kind in name)
+            kinds[kind][0] += len(projection.draw(name, parameter.numel())[0])
+            kinds[kind][1] += parameter.numel()
+    for kept, total in kinds.values():
+        assert total > 1000 and abs(kept - 0.1 * total) <= 4 * (0.09 * total) ** 0.5

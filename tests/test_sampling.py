@@ -1,0 +1,114 @@
+"""collect.py: what is sampled is beta, and what is stored is what was sampled."""
+
+import json
+
+import collect
+import pytest
+import sketch
+import torch
+import train_grpo
+from conftest import tiny_qwen
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 2, 3], [4, 4]]
+
+
+def draw(policy, prompts=PROMPTS, k=6, temperature=1.0, length=12, eos=(1,), seed=0):
+    seeds = [collect.stream_seed(seed, *prompt) for prompt in prompts]
+    return collect.sample(policy, prompts, k, temperature, length, list(eos), seeds)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_ratio_is_one_at_the_behaviour_policy(tmp_path, temperature):
+    """Through a checkpoint whose generation_config.json would truncate and penalise, if anything were taken from it."""
+    tiny_qwen(tied=True).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": 1, "do_sample": True, "top_k": 20, "repetition_penalty": 1.05, "temperature": 0.7}))
+    policy = collect.load_policy(tmp_path, "cpu", "float32")
+    responses, logprobs = draw(policy, temperature=temperature)
+    prompts = [p for p in PROMPTS for _ in range(6)]
+    for stage in (sketch, train_grpo):
+        logp, mask = stage.response_logprobs(policy, prompts, responses, temperature)
+        assert mask.sum() == sum(map(len, responses)) > 100
+        beta = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for row in logprobs for x in row]))
+        assert (sketch.token_ratio(logp, beta)[mask] - 1).abs().max() <= 1e-4
+    assert len({token for row in responses for token in row}) > 20  # top_k = 20 would allow fewer at each place
+
+
+def test_samples_follow_the_softmax():
+    """First tokens of 20000 responses against softmax(logits / T), by Pearson's chi-squared statistic."""
+    policy, n, temperature = tiny_qwen(tied=False), 20000, 0.8
+    responses, _ = draw(policy, prompts=[[5, 6, 7]], k=n, temperature=temperature, length=1)
+    expected = n * torch.softmax(policy(torch.tensor([[5, 6, 7]])).logits[0, -1] / temperature, -1)
+    counts = torch.bincount(torch.tensor(responses)[:, 0], minlength=29)
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic < 28 + 5 * 56**0.5  # mean 28 and variance 56 for 28 degrees of freedom
+
+
+def test_end_tokens_and_cuts():
+    responses, logprobs = draw(tiny_qwen(tied=True), eos=(1, 3))
+    ended = [r for r in responses if r[-1] in (1, 3)]
+    cut = [r for r in responses if r[-1] not in (1, 3)]
+    assert ended and cut
+    assert all(len(r) == 12 for r in cut)  # only the limit cuts
+    assert all(token not in (1, 3) for r in responses for token in r[:-1])  # nothing after an end token
+    assert [len(r) for r in responses] == [len(r) for r in logprobs]
+    assert any(0 in r[:-1] for r in responses)  # the pad id inside a response is a token like others
+
+
+def test_responses_do_not_depend_on_their_batch():
+    policy = tiny_qwen(tied=True)
+    together, alone = draw(policy)[0], [r for p in PROMPTS for r in draw(policy, [p])[0]]
+    assert together == alone and draw(policy, seed=1)[0] != together
+
+
+def test_greedy_is_the_argmax_of_a_pass_without_cache():
+    policy = tiny_qwen(tied=True)
+    responses, _ = draw(policy, k=1, temperature=0.0)
+    for prompt, response in zip(PROMPTS, responses):
+        state = list(prompt)
+        for token in response:
+            assert token == policy(torch.tensor([state])).logits[0, -1].argmax()
+            state.append(token)
+
+
+def test_file_holds_what_was_sampled(world, tmp_path, call):
+    out = tmp_path / "r.pt"
+    code, stdout, _ = call(collect, "--model", world / "base", "--data", world / "train.jsonl", "--out", out, "--k", 6,
+                           "--verifier", "exact", "--max-new-tokens", 5, "--limit", 30)
+    assert code == 0 and "30 prompts x 6" in stdout
+    rollouts, rows = torch.load(out, weights_only=True), [json.loads(line) for line in open(world / "train.jsonl")][:30]
+    tokenizer = collect.load_tokenizer(world / "base")
+    loaded = sketch.load_rollouts(out)
+    truncated = 0
+    for i, row in enumerate(rows):
+        assert tokenizer.decode(loaded["prompts"][i]) == row["prompt"]
+        assert (rollouts["answers"][i], rollouts["families"][i]) == (row["answer"], row["family"])
+        for j in range(6):
+            response = loaded["responses"][i * 6 + j].tolist()
+            truncated += response[-1] != 1
+            assert len(response) == 5 or response[-1] == 1
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            assert rollouts["rewards"][i, j] == (text == row["answer"])
+    assert 0 < truncated < 180 and rollouts["logprobs"].max() <= 0
+    dtypes = {name: value.dtype for name, value in rollouts.items() if torch.is_tensor(value)}
+    assert dtypes == {"prompt_tokens": torch.int32, "prompt_offsets": torch.int64, "response_tokens": torch.int32,
+                      "response_offsets": torch.int64, "logprobs": torch.float32, "rewards": torch.float32}
+
+
+def test_chat_template_and_instruction(world):
+    tokenizer = collect.load_tokenizer(world / "base")
+    assert tokenizer.decode(collect.encode_prompt("sort(21)", "=", tokenizer)) == "sort(21)="
+    tokenizer.chat_template = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}={% endif %}"
+    assert tokenizer.decode(collect.encode_prompt("1+2", "*", tokenizer)) == "(1+2*)="
+    chat = [{"role": "system", "content": "4"}, {"role": "user", "content": "5"}]
+    assert tokenizer.decode(collect.encode_prompt(chat, "*", tokenizer)) == "(4)(5)="
+
+
+@pytest.mark.parametrize("response, answer, verifier, reward", [
+    ("632", "632", "exact", 1), (" 632\n", "632", "exact", 1), ("6320", "632", "exact", 0), ("", "632", "exact", 0),
+    ("so \\boxed{cab}", "cab", "exact", 1), ("\\boxed{abc} no, \\boxed{cab}", "abc", "exact", 0),
+    ("The answer is 72.", "48/2 = 24 ... #### 72", "math", 1), ("#### 1,234", "#### 1234", "math", 1),
+    ("\\boxed{\\frac{1}{2}}", "0.5", "math", 1), ("\\boxed{0.25}", "\\frac14", "math", 1),
+    ("I think \\boxed{7}", "so \\boxed{8}", "math", 0), ("no idea", "3", "math", 0), ("72 or 73", "72", "math", 0)])
+def test_verifier(response, answer, verifier, reward):
+    assert collect.verify(response, answer, verifier) == reward
