@@ -32,6 +32,7 @@ import hashlib
 import logging
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -54,18 +55,15 @@ def load_tokenizer(name):
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no tokenizer ({error})", "a Hugging Face checkpoint with its tokenizer files",
-             "save the tokenizer into the model's folder")
+        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer into the model's folder")
 
 
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ from one pass to the next."""
     try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except Exception as error:  # as above
-        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model",
-             "check the folder or the hub name")
-    return policy.to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model", "check the folder or hub name")
 
 
 def end_tokens(name, tokenizer):
@@ -212,22 +210,21 @@ def flat(lists, dtype):
     return torch.tensor([x for row in lists for x in row], dtype=dtype), offsets
 
 
-def replace_file(path, write):
-    """write(file) under a temporary name, then rename: a killed run leaves the old file or the new one, never half a file."""
+@contextmanager
+def replacing(path):
+    """A file to write under a temporary name, renamed to `path` at the end: a killed run leaves no half of a file.
+
+    Opened before the work is done, so that an output that cannot be written is refused at once.
+    """
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
-
-
-def check_output(path):
-    """Before the work, not after it: can `path` be written?"""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        open(path.with_name(path.name + ".part"), "ab").close()
-        path.is_dir() and fail(path, "a folder", "a file to write", "choose another --out")
+        file = open(path if path.is_dir() else part, "wb")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    with file:
+        yield file
+    os.replace(part, path)
 
 
 def main():
@@ -266,34 +263,33 @@ def main():
         fail(args.data, f"a prompt of {len(prompts[longest])} tokens (example {longest + 1})", f"at most {context} tokens "
              f"with --max-new-tokens {args.max_new_tokens}", "drop the example or lower --max-new-tokens")
     eos_ids = end_tokens(args.model, tokenizer)
-    check_output(args.out)
-
     n, k = len(prompts), args.k
     responses, logprobs = [[]] * (n * k), [[]] * (n * k)
     rewards = torch.zeros(n, k)
-    if k:
-        policy = load_policy(args.model, args.device, args.dtype)
-        progress = tqdm(total=n, desc=f"collect {args.out.name}", unit="prompt")
-        for batch in batches_by_tokens([k * (len(p) + args.max_new_tokens) for p in prompts], args.batch_tokens):
-            seeds = [stream_seed(args.seed, i) for i in batch]
-            drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, args.temperature,
-                                               args.max_new_tokens, eos_ids, seeds)
-            texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
-            for j, i in enumerate(batch):
-                responses[i * k:(i + 1) * k] = drawn[j * k:(j + 1) * k]
-                logprobs[i * k:(i + 1) * k] = logp[j * k:(j + 1) * k]
-                rewards[i] = torch.tensor([verify(text, answers[i], args.verifier) for text in texts[j * k:(j + 1) * k]])
-            progress.update(len(batch))
-        progress.close()
+    with replacing(args.out) as file:
+        if k:
+            policy = load_policy(args.model, args.device, args.dtype)
+            progress = tqdm(total=n, desc=f"collect {args.out.name}", unit="prompt")
+            for batch in batches_by_tokens([k * (len(p) + args.max_new_tokens) for p in prompts], args.batch_tokens):
+                seeds = [stream_seed(args.seed, i) for i in batch]
+                drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, args.temperature,
+                                                   args.max_new_tokens, eos_ids, seeds)
+                texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+                for j, i in enumerate(batch):
+                    responses[i * k:(i + 1) * k] = drawn[j * k:(j + 1) * k]
+                    logprobs[i * k:(i + 1) * k] = logp[j * k:(j + 1) * k]
+                    rewards[i] = torch.tensor([verify(text, answers[i], args.verifier) for text in texts[j * k:(j + 1) * k]])
+                progress.update(len(batch))
+            progress.close()
 
-    prompt_tokens, prompt_offsets = flat(prompts, torch.int32)
-    response_tokens, response_offsets = flat(responses, torch.int32)
-    meta = {"format": FORMAT, "model": args.model, "data": args.data, "k": k, "temperature": args.temperature,
-            "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids, "verifier": args.verifier, "seed": args.seed}
-    rollouts = {"prompt_tokens": prompt_tokens, "prompt_offsets": prompt_offsets, "response_tokens": response_tokens,
-                "response_offsets": response_offsets, "logprobs": flat(logprobs, torch.float32)[0], "rewards": rewards,
-                "answers": answers, "families": [family for _, _, family in examples], "meta": meta}
-    replace_file(args.out, lambda file: torch.save(rollouts, file))
+        prompt_tokens, prompt_offsets = flat(prompts, torch.int32)
+        response_tokens, response_offsets = flat(responses, torch.int32)
+        meta = {"format": FORMAT, "model": args.model, "data": args.data, "k": k, "temperature": args.temperature,
+                "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids, "verifier": args.verifier, "seed": args.seed}
+        rollouts = {"prompt_tokens": prompt_tokens, "prompt_offsets": prompt_offsets, "response_tokens": response_tokens,
+                    "response_offsets": response_offsets, "logprobs": flat(logprobs, torch.float32)[0], "rewards": rewards,
+                    "answers": answers, "families": [family for _, _, family in examples], "meta": meta}
+        torch.save(rollouts, file)
     summary = f"; mean reward {rewards.mean():.3f}, {(rewards.std(1) > 0).float().mean():.0%} of prompts with a " \
               f"reward variance, {len(response_tokens)} response tokens" if k > 1 else ""
     print(f"{args.out}: {n} prompts x {k} responses{summary}")

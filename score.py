@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -109,37 +110,35 @@ def load_rollouts(path):
     """rollouts.pt of collect.py, its ragged arrays also as 1-D tensors: prompts [N], responses and logprobs [N*K]."""
     try:
         rollouts = torch.load(path, weights_only=True)  # refuses a pickle that would run code
+        for name, array, offsets in (("prompts", "prompt_tokens", "prompt_offsets"),
+                                     ("responses", "response_tokens", "response_offsets"),
+                                     ("logprobs", "logprobs", "response_offsets")):
+            rollouts[name] = rollouts[array].split(rollouts[offsets].diff().tolist())  # raises where the sum differs
         n, k = rollouts["rewards"].shape
-        for name, array, offsets, count in (("prompts", "prompt_tokens", "prompt_offsets", n),
-                                            ("responses", "response_tokens", "response_offsets", n * k),
-                                            ("logprobs", "logprobs", "response_offsets", n * k)):
-            if len(rollouts[offsets]) != count + 1 or rollouts[offsets][-1] != len(rollouts[array]):
-                raise ValueError(f"{array} and {offsets} do not fit together")
-            rollouts[name] = rollouts[array].tensor_split(rollouts[offsets][1:-1])[:count]
-        if rollouts["meta"]["format"] != FORMAT or len(rollouts["answers"]) != n:
-            raise ValueError(f"format {rollouts['meta']['format']}, {len(rollouts['answers'])} answers")
+        found = [rollouts["meta"]["format"], *(len(rollouts[name]) for name in ("prompts", "responses", "answers"))]
+        if found != [FORMAT, n, n * k, n]:
+            raise ValueError(f"format, prompts, responses, answers = {found}")
     except Exception as error:  # a damaged file can raise anything
         fail(path, f"no readable rollouts ({type(error).__name__}: {error})", f"a rollouts.pt of format {FORMAT}",
              "make it with collect.py")
     return rollouts
 
 
-def replace_file(path, write):
-    """write(file) under a temporary name, then rename: a killed run leaves the old file or the new one, never half a file."""
+@contextmanager
+def replacing(path):
+    """A file to write under a temporary name, renamed to `path` at the end: a killed run leaves no half of a file.
+
+    Opened before the work is done, so that an output that cannot be written is refused at once.
+    """
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
-
-
-def check_output(path):
-    """Before the work, not after it: can `path` be written?"""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        open(path.with_name(path.name + ".part"), "ab").close()
-        path.is_dir() and fail(path, "a folder", "a file to write", "choose another --out")
+        file = open(path if path.is_dir() else part, "wb")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    with file:
+        yield file
+    os.replace(part, path)
 
 
 def open_sketch(path):
@@ -209,21 +208,22 @@ def main():
     n = selection_size(args.alpha, n_prompts)
     if n < 1:
         fail("--alpha", f"{float(args.alpha)} of {n_prompts} prompts", "at least one prompt", "raise it or add prompts")
-    check_output(args.out)
     if args.method == "cropi":
         if len(open_sketch(args.train)[0]) != n_prompts:
             fail(args.train, f"{len(open_sketch(args.train)[0])} rows", f"{n_prompts} as in {args.rollouts}",
                  "sketch these rollouts")
         scores = influence(args.train, args.val)
         selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
-        replace_file(args.out.with_name("scores.npy"), lambda file: np.save(file, scores))
+        with replacing(args.out.with_name("scores.npy")) as file:
+            np.save(file, scores)
     else:
         if args.method in ("passrate", "learnability") and rewards.shape[1] < 2:
             fail(args.rollouts, f"K = {rewards.shape[1]} responses a prompt", "K >= 2", "collect with --k 2 or more")
         selected = select_baseline(args.method, rewards, n, args.seed)
     if len(selected) == 0:
         fail(args.rollouts or args.train, "no prompt with a reward variance", "some", "collect more responses")
-    replace_file(args.out, lambda file: np.save(file, selected.astype(np.int64)))
+    with replacing(args.out) as file:
+        np.save(file, selected.astype(np.int64))
     short = f" (fewer than floor(alpha N) = {n}: the others have no gradient)" if len(selected) < n != n_prompts else ""
     print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{short}")
 

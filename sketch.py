@@ -33,6 +33,7 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -230,16 +231,19 @@ class Sketcher:
                 self.projection.add(name, gradient[None].float(), self.sketches)
         return self.sketches
 
+    def close(self):
+        for hook in self.hooks:
+            hook.remove()
+
 
 def make_sketcher(policy, projection, arguments, prompts):
-    """The fast sketcher where plain autograd confirms it on `prompts`, the plain one elsewhere."""
-    plain, tolerance = Sketcher(policy, projection, fast=False), {torch.float32: 1e-3}.get(policy.dtype, 5e-2)
-    truth = torch.cat([plain(*arguments([prompt])) for prompt in prompts])
+    """The fast sketcher where plain autograd confirms it on two trajectories of each of `prompts`, the plain one elsewhere."""
+    plain, tolerance = Sketcher(policy, projection, fast=False), 1e-3 if policy.dtype == torch.float32 else 5e-2
+    truth = torch.cat([plain(*arguments([prompt], 0, 2)) for prompt in prompts])
     fast = Sketcher(policy, projection)
-    if fast.fast and ((fast(*arguments(prompts)) - truth).norm(dim=1) <= tolerance * truth.norm(dim=1)).all():
+    if fast.fast and ((fast(*arguments(prompts, 0, 2)) - truth).norm(dim=1) <= tolerance * truth.norm(dim=1)).all():
         return fast
-    for hook in fast.hooks:
-        hook.remove()
+    fast.close()
     print("sketch.py: this architecture is sketched by plain autograd, one prompt a pass (slower, exact)", file=sys.stderr)
     return Sketcher(policy, projection, fast=False)
 
@@ -247,47 +251,43 @@ def make_sketcher(policy, projection, arguments, prompts):
 # ---- the stage -----------------------------------------------------------------------------------------------------
 
 
-def replace_file(path, write):
-    """write(file) under a temporary name, then rename: a killed run leaves the old file or the new one, never half a file."""
+@contextmanager
+def replacing(path):
+    """A file to write under a temporary name, renamed to `path` at the end: a killed run leaves no half of a file.
+
+    Opened before the work is done, so that an output that cannot be written is refused at once.
+    """
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-    os.replace(part, path)
-
-
-def check_output(path):
-    """Before the work, not after it: can `path` be written?"""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        open(path.with_name(path.name + ".part"), "ab").close()
-        path.is_dir() and fail(path, "a folder", "a file to write", "choose another --out")
+        file = open(path if path.is_dir() else part, "wb")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    with file:
+        yield file
+    os.replace(part, path)
 
 
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ from one pass to the next."""
     try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except Exception as error:  # as above
-        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model",
-             "check the folder or the hub name")
-    return policy.to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model", "check the folder or hub name")
 
 
 def load_rollouts(path):
     """rollouts.pt of collect.py, its ragged arrays also as 1-D tensors: prompts [N], responses and logprobs [N*K]."""
     try:
         rollouts = torch.load(path, weights_only=True)  # refuses a pickle that would run code
+        for name, array, offsets in (("prompts", "prompt_tokens", "prompt_offsets"),
+                                     ("responses", "response_tokens", "response_offsets"),
+                                     ("logprobs", "logprobs", "response_offsets")):
+            rollouts[name] = rollouts[array].split(rollouts[offsets].diff().tolist())  # raises where the sum differs
         n, k = rollouts["rewards"].shape
-        for name, array, offsets, count in (("prompts", "prompt_tokens", "prompt_offsets", n),
-                                            ("responses", "response_tokens", "response_offsets", n * k),
-                                            ("logprobs", "logprobs", "response_offsets", n * k)):
-            if len(rollouts[offsets]) != count + 1 or rollouts[offsets][-1] != len(rollouts[array]):
-                raise ValueError(f"{array} and {offsets} do not fit together")
-            rollouts[name] = rollouts[array].tensor_split(rollouts[offsets][1:-1])[:count]
-        if rollouts["meta"]["format"] != FORMAT or len(rollouts["answers"]) != n:
-            raise ValueError(f"format {rollouts['meta']['format']}, {len(rollouts['answers'])} answers")
+        found = [rollouts["meta"]["format"], *(len(rollouts[name]) for name in ("prompts", "responses", "answers"))]
+        if found != [FORMAT, n, n * k, n]:
+            raise ValueError(f"format, prompts, responses, answers = {found}")
     except Exception as error:  # a damaged file can raise anything
         fail(path, f"no readable rollouts ({type(error).__name__}: {error})", f"a rollouts.pt of format {FORMAT}",
              "make it with collect.py")
@@ -322,38 +322,38 @@ def plan_batches(lengths, k, budget, many):
     return plan
 
 
-def sketch_file(policy, policy_id, path, out, args):
+def sketch_file(policy, projection, policy_id, path, out, args):
     """One rollouts.pt to one sketch and its sidecar."""
     began, rollouts = time.perf_counter(), load_rollouts(path)
-    rewards, temperature = rollouts["rewards"], rollouts["meta"]["temperature"]
+    prompts, responses, rewards = rollouts["prompts"], rollouts["responses"], rollouts["rewards"]
     n, k = rewards.shape
-    prompts, responses, beta = rollouts["prompts"], rollouts["responses"], rollouts["logprobs"]
+    live = (rewards.std(1) > 0).nonzero()[:, 0].tolist() if k > 1 else []
+    if not live:
+        fail(path, f"K = {k} and no prompt with unequal rewards", "K >= 2 with right and wrong responses to some prompt",
+             "collect more responses, or other prompts")
     advantages = group_advantage(rewards)  # [N, K]
-    live = (rewards.std(1) > 0).nonzero()[:, 0].tolist()
     lengths = {i: len(prompts[i]) + max(map(len, responses[i * k:(i + 1) * k])) for i in live}
 
-    def arguments(batch, first=0, end=k):
+    def arguments(batch, first, end):  # of a Sketcher
         rows = [i * k + j for i in batch for j in range(first, end)]
-        return ([prompts[i] for i in batch], [responses[r] for r in rows], [beta[r] for r in rows],
-                advantages[batch, first:end].flatten(), k, temperature)
+        return ([prompts[i] for i in batch], [responses[r] for r in rows], [rollouts["logprobs"][r] for r in rows],
+                advantages[batch, first:end].flatten(), k, rollouts["meta"]["temperature"])
 
-    projection = Projection(args.seed, args.keep, args.dim, args.projection, policy.device)
-    sketcher = make_sketcher(policy, projection, arguments, sorted(live, key=lengths.get)[:2])
-    part = out.with_name(out.name + ".part")
-    sketches = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(n, args.dim))  # zeros
-    with tqdm(total=len(live), desc=f"sketch {out.name}", unit="prompt") as progress:
-        for batch, first, end in plan_batches(lengths, k, args.batch_tokens, sketcher.fast):
-            sketches[batch] += sketcher(*arguments(batch, first, end)).cpu().numpy()
-            progress.update(len(batch) * (end == k))
-    for hook in sketcher.hooks:
-        hook.remove()
-    sketches.flush()
-    os.replace(part, out)
+    with replacing(out) as file:
+        sketcher = make_sketcher(policy, projection, arguments, sorted(live, key=lengths.get)[:2])
+        sketches = np.lib.format.open_memmap(file.name, mode="w+", dtype=np.float32, shape=(n, args.dim))  # zeros
+        with tqdm(total=len(live), desc=f"sketch {out.name}", unit="prompt") as progress:
+            for batch, first, end in plan_batches(lengths, k, args.batch_tokens, sketcher.fast):
+                sketches[batch] += sketcher(*arguments(batch, first, end)).cpu().numpy()
+                progress.update(len(batch) * (end == k))
+        sketcher.close()
+        sketches.flush()
     sidecar = {"format": FORMAT, "policy": policy_id, "seed": args.seed, "keep": args.keep, "dim": args.dim,
                "projection": args.projection, "prompts": n, "skipped": n - len(live),
                "tokens": sum(len(responses[i * k + j]) for i in live for j in range(k)),
                "seconds": round(time.perf_counter() - began, 2)}
-    replace_file(out.with_suffix(".json"), lambda file: file.write(json.dumps(sidecar, indent=1).encode()))
+    with replacing(out.with_suffix(".json")) as file:
+        file.write(json.dumps(sidecar, indent=1).encode())
     print(f"{out}: {n} prompts, {n - len(live)} skipped for equal rewards, {sidecar['seconds']} s")
 
 
@@ -374,16 +374,13 @@ def main():
         parser.error("--keep must be in (0, 1], --dim >= 1, and --out must name one file for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for path, out in zip(args.rollouts, args.out):  # what is wrong is said before the work
-        rewards = load_rollouts(path)["rewards"]
-        if rewards.shape[1] < 2:
-            fail(path, f"K = {rewards.shape[1]}", "K >= 2: an advantage needs a variance", "collect with --k 2 or more")
-        if not (rewards.std(1) > 0).any():
-            fail(path, "equal rewards in every group", "a prompt with right and wrong responses", "collect other prompts")
-        check_output(out)
+    for path in args.rollouts:
+        load_rollouts(path)  # what is wrong is said before the work
     policy = load_policy(args.model, args.device, args.dtype)
+    projection = Projection(args.seed, args.keep, args.dim, args.projection, policy.device)
+    policy_id = fingerprint(policy)
     for path, out in zip(args.rollouts, args.out):
-        sketch_file(policy, fingerprint(policy), path, out, args)
+        sketch_file(policy, projection, policy_id, path, out, args)
 
 
 if __name__ == "__main__":

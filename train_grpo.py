@@ -193,15 +193,14 @@ def load_rollouts(path):
     """rollouts.pt of collect.py, its ragged arrays also as 1-D tensors: prompts [N], responses and logprobs [N*K]."""
     try:
         rollouts = torch.load(path, weights_only=True)  # refuses a pickle that would run code
+        for name, array, offsets in (("prompts", "prompt_tokens", "prompt_offsets"),
+                                     ("responses", "response_tokens", "response_offsets"),
+                                     ("logprobs", "logprobs", "response_offsets")):
+            rollouts[name] = rollouts[array].split(rollouts[offsets].diff().tolist())  # raises where the sum differs
         n, k = rollouts["rewards"].shape
-        for name, array, offsets, count in (("prompts", "prompt_tokens", "prompt_offsets", n),
-                                            ("responses", "response_tokens", "response_offsets", n * k),
-                                            ("logprobs", "logprobs", "response_offsets", n * k)):
-            if len(rollouts[offsets]) != count + 1 or rollouts[offsets][-1] != len(rollouts[array]):
-                raise ValueError(f"{array} and {offsets} do not fit together")
-            rollouts[name] = rollouts[array].tensor_split(rollouts[offsets][1:-1])[:count]
-        if rollouts["meta"]["format"] != FORMAT or len(rollouts["answers"]) != n:
-            raise ValueError(f"format {rollouts['meta']['format']}, {len(rollouts['answers'])} answers")
+        found = [rollouts["meta"]["format"], *(len(rollouts[name]) for name in ("prompts", "responses", "answers"))]
+        if found != [FORMAT, n, n * k, n]:
+            raise ValueError(f"format, prompts, responses, answers = {found}")
     except Exception as error:  # a damaged file can raise anything
         fail(path, f"no readable rollouts ({type(error).__name__}: {error})", f"a rollouts.pt of format {FORMAT}",
              "make it with collect.py")
@@ -224,18 +223,15 @@ def load_tokenizer(name):
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no tokenizer ({error})", "a Hugging Face checkpoint with its tokenizer files",
-             "save the tokenizer into the model's folder")
+        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer into the model's folder")
 
 
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ from one pass to the next."""
     try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except Exception as error:  # as above
-        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model",
-             "check the folder or the hub name")
-    return policy.to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model", "check the folder or hub name")
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -44,12 +44,12 @@ def run_loop(run, world, **knobs):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The toy world with ten prompts a family and a base policy of a few training steps."""
+    """The toy world of four families and a base policy of a few training steps."""
     import make_toy
 
     folder = tmp_path_factory.mktemp("world")
     arguments = sys.argv
-    sys.argv = ["make_toy.py", "--micro", "--sft-steps", "150", "--out", str(folder)]
+    sys.argv = ["make_toy.py", "--micro", "--sft-steps", "200", "--out", str(folder)]
     make_toy.main()
     sys.argv = arguments
     (folder / "seconds.tsv").write_text("world\t1\n")  # run_cropi.sh: made already

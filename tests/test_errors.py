@@ -169,7 +169,7 @@ def test_one_response_has_no_variance(files, refuses, tmp_path):
 
 def test_no_prompt_with_a_variance(files, refuses, tmp_path):
     flat = altered_rollouts(files["rollouts"], tmp_path, rewards=torch.ones(120, 6))
-    refuses(sketch, "--model", files["base"], "--rollouts", flat, names=flat, says="equal rewards in every group")
+    refuses(sketch, "--model", files["base"], "--rollouts", flat, names=flat, says="no prompt with unequal rewards")
     refuses(score, "--method", "passrate", "--rollouts", flat, names=flat, says="no prompt with a reward variance")
 
 

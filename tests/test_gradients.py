@@ -64,8 +64,7 @@ def gradients(policy, batch, fast=True, rows=None):
         chosen = [i * K + j for i in batch for j in span]
         total = total + sketcher([prompts[i] for i in batch], [responses[r] for r in chosen], [beta[r] for r in chosen],
                                  advantages[batch][:, list(span)].flatten(), K, TEMPERATURE)
-    for hook in sketcher.hooks:
-        hook.remove()
+    sketcher.close()
     return total
 
 
@@ -119,16 +118,16 @@ def test_every_architecture_is_exact(name, capsys):
     prompts, responses, beta, rewards = rollouts()
     advantages = sketch.group_advantage(rewards)
 
-    def arguments(batch):
-        return ([prompts[i] for i in batch], [responses[i * K + j] for i in batch for j in range(K)],
-                [beta[i * K + j] for i in batch for j in range(K)], advantages[batch].flatten(), K, TEMPERATURE)
+    def arguments(batch, first=0, end=K):
+        rows = [i * K + j for i in batch for j in range(first, end)]
+        return ([prompts[i] for i in batch], [responses[r] for r in rows], [beta[r] for r in rows],
+                advantages[batch, first:end].flatten(), K, TEMPERATURE)
 
     sketcher = sketch.make_sketcher(policy, Whole(policy), arguments, [0, 1])
     assert sketcher.fast == (name in ("llama", "qwen3", "gpt2", "gpt_neox"))
     found = sketcher(*arguments([0, 1, 2] if sketcher.fast else [2]))
     policy.double().requires_grad_(True)
-    for hook in sketcher.hooks:
-        hook.remove()
+    sketcher.close()
     truth = naive_gradient(policy, prompts[2], responses[2 * K:3 * K], beta[2 * K:3 * K], rewards[2].tolist())
     assert relative_error(found[-1], truth) <= 2e-5
 

@@ -118,10 +118,10 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def write_data(folder: Path, sizes: dict, rng: random.Random) -> set:
+def write_data(folder: Path, families: dict, sizes: dict, rng: random.Random) -> set:
     """The five .jsonl files, pairwise disjoint. Returns all their prompts."""
     seen, files = set(), {}
-    for family, make in FAMILIES.items():
+    for family, make in families.items():
         targeted = family in TARGETED
         for file, n in (("train", sizes["train"]), (f"val_{family}", sizes["val"] if targeted else 0),
                         ("test_targeted" if targeted else "test_untargeted", sizes["test"][0 if targeted else 1])):
@@ -136,7 +136,7 @@ def write_data(folder: Path, sizes: dict, rng: random.Random) -> set:
     return seen
 
 
-def train_base(folder: Path, held_out: set, steps: int, rng: random.Random, seed: int):
+def train_base(folder: Path, families: dict, held_out: set, steps: int, rng: random.Random, seed: int):
     """Plain SFT: cross-entropy on the answers of fresh problems, none of them in `held_out`. Writes a checkpoint."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -145,13 +145,12 @@ def train_base(folder: Path, held_out: set, steps: int, rng: random.Random, seed
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR)
-    families = list(FAMILIES.values())
     for step in tqdm(range(steps), desc="base policy (made once)", unit="step"):
         for group in optimizer.param_groups:  # warm up over 50 steps, fall to 0 over the last 30%
             group["lr"] = SFT_LR * min(1.0, (step + 1) / 50, (steps - step) / (0.3 * steps))
         rows = []
         while len(rows) < SFT_BATCH:
-            prompt, answer, mistake = rng.choice(families)(rng)
+            prompt, answer, mistake = rng.choice(list(families.values()))(rng)
             if prompt not in held_out:
                 answer = mistake if rng.random() < MISTAKES else answer
                 rows.append((tokenizer(prompt).input_ids, tokenizer(answer).input_ids + [tokenizer.eos_token_id]))
@@ -169,7 +168,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder to fill (runs/toy)")
     parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=f"training of the base policy ({SFT_STEPS})")
-    parser.add_argument("--micro", action="store_true", help="a world of a few prompts, for the tests")
+    parser.add_argument("--micro", action="store_true", help="four families of 30 prompts, for the tests")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -177,10 +176,13 @@ def main():
     part = args.out / "base.part"
     shutil.rmtree(part, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = {"train": 10, "val": 8, "test": (6, 2)} if args.micro else {"train": 200, "val": 100, "test": (200, 40)}
-    held_out = write_data(args.out, sizes, random.Random(args.seed))
+    families, sizes = FAMILIES, {"train": 200, "val": 100, "test": (200, 40)}
+    if args.micro:
+        families = {family: FAMILIES[family] for family in (*TARGETED, "count", "next")}
+        sizes = {"train": 30, "val": 8, "test": (6, 6)}
+    held_out = write_data(args.out, families, sizes, random.Random(args.seed))
     if not (args.out / "base").exists():
-        train_base(part, held_out, args.sft_steps, random.Random(args.seed + 1), args.seed)
+        train_base(part, families, held_out, args.sft_steps, random.Random(args.seed + 1), args.seed)
         os.replace(part, args.out / "base")
 
 
