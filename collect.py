@@ -53,6 +53,8 @@ def fail(file, found, expected, mend):
 
 def load_tokenizer(name):
     try:
+        if Path(name).is_dir() and not list(Path(name).glob("*token*")) and not list(Path(name).glob("vocab*")):
+            raise OSError("no tokenizer file")  # of which transformers would make an empty tokenizer
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer into the model's folder")
@@ -242,7 +244,7 @@ def main():
     parser.add_argument("--instruction", default="", help="text appended to every string prompt")
     parser.add_argument("--limit", type=int, help="use the first LIMIT examples only")
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
-    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens held in the KV cache at once (65536)")
+    parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
     parser.add_argument("--seed", type=int, default=0)
@@ -270,7 +272,7 @@ def main():
         if k:
             policy = load_policy(args.model, args.device, args.dtype)
             progress = tqdm(total=n, desc=f"collect {args.out.name}", unit="prompt")
-            for batch in batches_by_tokens([k * (len(p) + args.max_new_tokens) for p in prompts], args.batch_tokens):
+            for batch in batches_by_tokens([k * (len(p) + args.max_new_tokens) for p in prompts], args.kv_tokens):
                 seeds = [stream_seed(args.seed, i) for i in batch]
                 drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, args.temperature,
                                                    args.max_new_tokens, eos_ids, seeds)

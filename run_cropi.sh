@@ -53,6 +53,8 @@ EVAL_EVERY=${EVAL_EVERY:-10}          # steps between evaluations
 EVAL_SAMPLES=${EVAL_SAMPLES:-4}       # responses a test prompt
 SAVE_EVERY=${SAVE_EVERY:-50}          # steps between checkpoints within a phase
 ENGINE=${ENGINE:-hf}                  # what samples
+KV_TOKENS=${KV_TOKENS:-65536}         # tokens in the KV cache while sampling: lower it where memory is short
+BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens of a micro-batch with gradients: likewise
 DTYPE=${DTYPE:-float32}               # of the weights
 SEED=${SEED:-0}
 PYTHON=${PYTHON:-}                    # a Python that has requirements.txt; empty: a .venv made on first use
@@ -120,7 +122,8 @@ collect() { # NAME SOURCE K [ARGUMENT...]
     shift 3
     stage "$ROLLOUTS" "$name" "$PYTHON" collect.py --model "$MODEL" --data "$source" --out "$ROLLOUTS/$name.pt" --k "$k" \
         --temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" --prompt-key "$PROMPT_KEY" \
-        --answer-key "$ANSWER_KEY" --instruction "$INSTRUCTION" --engine "$ENGINE" --dtype "$DTYPE" --seed "$SEED" "$@"
+        --answer-key "$ANSWER_KEY" --instruction "$INSTRUCTION" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" \
+        --dtype "$DTYPE" --seed "$SEED" "$@"
 }
 
 val_rollouts=() val_names=() tests=()
@@ -151,7 +154,7 @@ run_method() { # METHOD
                 for name in "${val_names[@]}"; do val+=("$phase/$name.npy"); done
                 stage "$folder" "phase-$m-sketch" "$PYTHON" sketch.py --model "$policy" \
                     --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" --out "$phase/train.npy" "${val[@]}" \
-                    --keep "$KEEP" --dim "$DIM" --dtype "$DTYPE" --seed "$SEED"
+                    --keep "$KEEP" --dim "$DIM" --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED"
                 stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" --val "${val[@]}" \
                     --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" --alpha "$ALPHA" --rrf-c "$RRF_C"
             fi
@@ -164,7 +167,8 @@ run_method() { # METHOD
         stage "$folder" "phase-$m-train" "$PYTHON" train_grpo.py --model "$policy" --ref "$MODEL" \
             --rollouts "$ROLLOUTS/train.pt" --select "$phase/selected.npy" --out "$phase/policy" --steps "$STEPS" \
             --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" --eval-every "$EVAL_EVERY" \
-            --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" --engine "$ENGINE" --dtype "$DTYPE" --seed "$SEED" \
+            --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" \
+            --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED" \
             ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy optimizer=(--optimizer "$phase/policy/optimizer.pt")
     done

@@ -208,21 +208,20 @@ def main():
     n = selection_size(args.alpha, n_prompts)
     if n < 1:
         fail("--alpha", f"{float(args.alpha)} of {n_prompts} prompts", "at least one prompt", "raise it or add prompts")
-    if args.method == "cropi":
-        if len(open_sketch(args.train)[0]) != n_prompts:
-            fail(args.train, f"{len(open_sketch(args.train)[0])} rows", f"{n_prompts} as in {args.rollouts}",
-                 "sketch these rollouts")
-        scores = influence(args.train, args.val)
-        selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
-        with replacing(args.out.with_name("scores.npy")) as file:
-            np.save(file, scores)
-    else:
-        if args.method in ("passrate", "learnability") and rewards.shape[1] < 2:
-            fail(args.rollouts, f"K = {rewards.shape[1]} responses a prompt", "K >= 2", "collect with --k 2 or more")
-        selected = select_baseline(args.method, rewards, n, args.seed)
-    if len(selected) == 0:
-        fail(args.rollouts or args.train, "no prompt with a reward variance", "some", "collect more responses")
+    if args.method in ("passrate", "learnability") and rewards.shape[1] < 2:
+        fail(args.rollouts, f"K = {rewards.shape[1]} responses a prompt", "K >= 2", "collect with --k 2 or more")
+    if args.method == "cropi" and len(open_sketch(args.train)[0]) != n_prompts:
+        fail(args.train, f"{len(open_sketch(args.train)[0])} rows", f"{n_prompts} as in {args.rollouts}", "sketch these rollouts")
     with replacing(args.out) as file:
+        if args.method == "cropi":
+            scores = influence(args.train, args.val)
+            selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
+            with replacing(args.out.with_name("scores.npy")) as scores_file:
+                np.save(scores_file, scores)
+        else:
+            selected = select_baseline(args.method, rewards, n, args.seed)
+        if len(selected) == 0:
+            fail(args.rollouts or args.train, "no prompt with a reward variance", "some", "collect more responses")
         np.save(file, selected.astype(np.int64))
     short = f" (fewer than floor(alpha N) = {n}: the others have no gradient)" if len(selected) < n != n_prompts else ""
     print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{short}")

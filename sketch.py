@@ -365,7 +365,7 @@ def main():
     parser.add_argument("--keep", type=float, default=0.1, help="probability of keeping a coordinate (0.1)")
     parser.add_argument("--dim", type=int, default=32768, help="numbers a sketch (32768)")
     parser.add_argument("--projection", choices=["sjlt", "rademacher"], default="sjlt", help="kind of P (sjlt)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens a micro-batch (8192); no effect on the result")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
     parser.add_argument("--seed", type=int, default=0, help="of the projection (0)")

@@ -221,6 +221,8 @@ def load_selection(path, n):
 
 def load_tokenizer(name):
     try:
+        if Path(name).is_dir() and not list(Path(name).glob("*token*")) and not list(Path(name).glob("vocab*")):
+            raise OSError("no tokenizer file")  # of which transformers would make an empty tokenizer
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer into the model's folder")
@@ -262,7 +264,7 @@ def batches_by_tokens(lengths, budget):
 def roll_out(policy, tokenizer, prompts, answers, k, temperature, meta, seeds, args):
     """k verified responses a prompt: responses, logprobs (B*k lists each, prompt-major) and rewards [B, k]."""
     responses, logprobs, rewards = [[]] * (len(prompts) * k), [[]] * (len(prompts) * k), torch.zeros(len(prompts), k)
-    for batch in batches_by_tokens([k * (len(p) + meta["max_new_tokens"]) for p in prompts], args.batch_tokens):
+    for batch in batches_by_tokens([k * (len(p) + meta["max_new_tokens"]) for p in prompts], args.kv_tokens):
         drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, temperature, meta["max_new_tokens"],
                                            meta["eos_ids"], [seeds[i] for i in batch])
         texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
@@ -346,7 +348,8 @@ def main():
     parser.add_argument("--eval-samples", type=int, default=4, help="responses a test prompt (4)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints to go on from (50)")
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
-    parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens in memory at once (65536); no effect on the result")
+    parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of an update's micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
     parser.add_argument("--seed", type=int, default=0)

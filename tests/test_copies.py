@@ -16,7 +16,7 @@ def functions(script):
             if isinstance(node, ast.FunctionDef) and node.name != "main"}
 
 
-@pytest.mark.parametrize("one, other", combinations([*STAGES, "plot.py"], 2))
+@pytest.mark.parametrize("one, other", list(combinations([*STAGES, "plot.py"], 2)))
 def test_copies_are_equal(one, other):
     here, there = functions(one), functions(other)
     assert "fail" in here
