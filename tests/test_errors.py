@@ -76,7 +76,7 @@ def altered_rollouts(path, folder, **changes):
 
 class Bomb:
     def __reduce__(self):
-        return (print, ("this code ran",)  # on stdout, where a refusal is silent)
+        return print, ("this code ran",)  # on stdout, where a refusal is silent
 
 
 def bad_rollouts(kind, good, folder):
