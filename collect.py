@@ -95,7 +95,8 @@ def load_examples(source, prompt_key, answer_key, family_key, limit):
             name, config, split = (source.split(":", 2) + [None, None])[:3]
             rows = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:  # datasets wraps the reason: its cause says which line
-        fail(source, f"unreadable data ({error.__cause__ or error})", "one JSON object a line, a parquet file or a hub data set", "mend the data")
+        fail(source, f"unreadable data ({error.__cause__ or error})", "one JSON object a line, parquet or a hub data set",
+             "mend the data")
     for key in (prompt_key, answer_key):
         if key not in rows.column_names:
             fail(source, f"columns {rows.column_names}", f"a column '{key}'", "set --prompt-key and --answer-key")
@@ -259,7 +260,8 @@ def main():
     examples = load_examples(args.data, args.prompt_key, args.answer_key, args.family_key, args.limit)
     prompts = [encode_prompt(prompt, args.instruction, tokenizer) for prompt, _, _ in examples]
     answers = [answer for _, answer, _ in examples]
-    context = AutoConfig.from_pretrained(args.model).get_text_config().max_position_embeddings
+    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    context = getattr(config, "max_position_embeddings", sys.maxsize)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) + args.max_new_tokens > context:
         fail(args.data, f"a prompt of {len(prompts[longest])} tokens (example {longest + 1})", f"at most {context} tokens "

@@ -45,9 +45,6 @@ def fail(file, found, expected, mend):
     raise SystemExit(2)
 
 
-# ---- the equations -------------------------------------------------------------------------------------------------
-
-
 def selection_size(alpha, n_prompts):
     """n = floor(alpha N), exactly: alpha is a Fraction, so 0.29 of 100 is 29 (in floats it is 28.999...).
 
@@ -101,9 +98,6 @@ def select_baseline(method, rewards, n, seed):
     if method == "passrate":
         return shuffled[learnability[shuffled] > 0][:n]
     return shuffled[select(learnability[shuffled], n)]
-
-
-# ---- the stage -----------------------------------------------------------------------------------------------------
 
 
 def load_rollouts(path):
@@ -211,7 +205,7 @@ def main():
     if args.method in ("passrate", "learnability") and rewards.shape[1] < 2:
         fail(args.rollouts, f"K = {rewards.shape[1]} responses a prompt", "K >= 2", "collect with --k 2 or more")
     if args.method == "cropi" and len(open_sketch(args.train)[0]) != n_prompts:
-        fail(args.train, f"{len(open_sketch(args.train)[0])} rows", f"{n_prompts} as in {args.rollouts}", "sketch these rollouts")
+        fail(args.train, f"{len(open_sketch(args.train)[0])} rows", f"{n_prompts} as in --rollouts", "sketch these rollouts")
     with replacing(args.out) as file:
         if args.method == "cropi":
             scores = influence(args.train, args.val)

@@ -47,6 +47,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 FORMAT = 1  # of rollouts.pt
+CHUNK = 2**22  # numbers of a layer's gradients that exist at once, unless a single gradient has more
 
 
 def fail(file, found, expected, mend):
@@ -54,9 +55,6 @@ def fail(file, found, expected, mend):
     line = f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
-
-
-# ---- the equations -------------------------------------------------------------------------------------------------
 
 
 def group_advantage(rewards):
@@ -159,9 +157,6 @@ class Projection:
             sketches.addmm_(block, (signs * 2 - 1).to(block), alpha=(self.dim * self.keep) ** -0.5)
 
 
-# ---- gradients of many prompts in one backward pass ----------------------------------------------------------------
-
-
 def is_known(module):  # subclasses may compute something else
     return type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D) or type(module).__name__.endswith("RMSNorm")
 
@@ -182,7 +177,7 @@ def prompt_gradients(module, x, delta, b):
         x = x.reshape(b, -1, x.shape[-1]).float()  # [b, rows * T, in]
         weight = delta.mT @ x if isinstance(module, nn.Linear) else x.mT @ delta
     else:  # a norm is linear in its weight, coordinate by coordinate: its slope is its value at 1 less its value at 0
-        one, zero = (functional_call(module, {"weight": fill(module.weight)}, x) for fill in (torch.ones_like, torch.zeros_like))
+        one, zero = (functional_call(module, {"weight": torch.full_like(module.weight, c)}, x) for c in (1, 0))
         weight = (delta * (one - zero).reshape(delta.shape)).sum(1)
     yield module.weight, weight
     if getattr(module, "bias", None) is not None:
@@ -211,8 +206,11 @@ class Sketcher:
 
     @torch.no_grad()
     def meet(self, module, x, delta):
-        for parameter, gradients in prompt_gradients(module, x, delta, len(self.sketches)):
-            self.projection.add(self.names[parameter], gradients, self.sketches)
+        step = max(1, CHUNK // module.weight.numel())  # prompts whose gradients stay in the cache, or a single one
+        rows = step * self.rows // len(self.sketches)
+        for sketches, x, delta in zip(self.sketches.split(step), x.split(rows), delta.split(rows)):
+            for parameter, gradients in prompt_gradients(module, x, delta, len(sketches)):
+                self.projection.add(self.names[parameter], gradients, sketches)
 
     def __call__(self, prompts, responses, logp_beta, advantages, k, temperature):
         """prompts: b lists of token ids; responses, logp_beta (b * rows lists) and advantages [b * rows], prompt-major:
@@ -246,9 +244,6 @@ def make_sketcher(policy, projection, arguments, prompts):
     fast.close()
     print("sketch.py: this architecture is sketched by plain autograd, one prompt a pass (slower, exact)", file=sys.stderr)
     return Sketcher(policy, projection, fast=False)
-
-
-# ---- the stage -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -18,9 +18,7 @@ Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer) with opt
                      grad_norm, tokens, truncated, seconds (of training so far in this phase, evaluation left out), eval.
 
 The run works in OUT.part and renames it at its end. Killed and started again with the same command, it goes on from the
-last checkpoint (--save-every) and ends with the same bytes. Random numbers come from (seed, step, place in the batch) and
-from no state.
-
+last checkpoint (--save-every) and ends with the same bytes: random numbers come from (seed, step, place in the batch).
 Departs from the paper: no entropy bonus (theirs is 0.001).
 
     python train_grpo.py --model runs/toy/base --rollouts train.pt --select selected.npy --eval test.pt --steps 40 --out policy
@@ -31,7 +29,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -52,9 +49,6 @@ def fail(file, found, expected, mend):
     line = f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
-
-
-# ---- the equations -------------------------------------------------------------------------------------------------
 
 
 def group_advantage(rewards):
@@ -109,9 +103,6 @@ def response_logprobs(policy, prompts, responses, temperature):
     starts = torch.tensor([len(p) for p in prompts], device=policy.device) - 1 - first
     places = (starts[:, None] + steps).clamp(max=targets.shape[1] - 1)
     return logp.view(targets.shape).gather(1, places).masked_fill(~mask, 0), mask
-
-
-# ---- sampling and verifying, word for word as in collect.py ----------------------------------------------------------
 
 
 def stream_seed(*key):
@@ -214,8 +205,7 @@ def load_selection(path, n):
         if selected.dtype != np.int64 or selected.ndim != 1 or not 0 <= selected.min() <= selected.max() < n:
             raise ValueError(f"{selected.dtype} {list(selected.shape)}, or indices out of range")
     except Exception as error:  # missing, truncated, not .npy, a pickle, of other rollouts
-        fail(path, f"no usable selection ({error})", f"int64 indices of the {n} prompts of --rollouts",
-             "make it with score.py from these rollouts")
+        fail(path, f"no usable selection ({error})", f"int64 indices of {n} prompts", "make it from these rollouts")
     return selected.tolist()
 
 
@@ -234,9 +224,6 @@ def load_policy(name, device, dtype):
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no loadable model ({error})", "a Hugging Face causal language model", "check the folder or hub name")
-
-
-# ---- training ------------------------------------------------------------------------------------------------------
 
 
 def batch_of_step(selected, size, step, seed):
@@ -298,8 +285,7 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_old, reward
     for rows in batches_by_tokens([len(prompts[i // group]) + len(r) for i, r in enumerate(responses)], args.batch_tokens):
         queries, answers = [prompts[i // group] for i in rows], [responses[i] for i in rows]
         logp, mask = response_logprobs(policy, queries, answers, temperature)  # [b, T]
-        old = torch.zeros_like(logp).masked_scatter_(
-            mask, torch.tensor([x for i in rows for x in logp_old[i]], device=logp.device))
+        old = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for i in rows for x in logp_old[i]]).to(logp))
         logp_ref = None
         if reference is not None:
             with torch.no_grad():
@@ -311,21 +297,16 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_old, reward
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {"reward": float(rewards.mean()), "live": float((rewards.std(1) > 0).float().mean()),
-            "kl": total_kl / total_tokens, "clipped": total_clipped / total_tokens, "grad_norm": float(grad_norm),
-            "tokens": total_tokens}
+    return {"reward": float(rewards.mean()), "live": float((rewards.std(1) > 0).float().mean()), "tokens": total_tokens,
+            "kl": total_kl / total_tokens, "clipped": total_clipped / total_tokens, "grad_norm": float(grad_norm)}
 
 
 def check_same_settings(folder, settings):
     """A folder made with other settings is neither gone on with nor written over."""
-    try:
-        there = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
-        there = {}
-    changed = [key for key in settings if there.get(key) != settings[key]]
+    there = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    changed = ", ".join(key for key in settings if there.get(key) != settings[key])
     if changed:
-        fail(folder, f"a run with another {', '.join(changed)}", "a run with the same settings, or none",
-             "remove it or choose another --out")
+        fail(folder, f"a run with another {changed}", "the same settings", "remove it or choose another --out")
 
 
 def main():

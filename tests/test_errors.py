@@ -4,15 +4,16 @@ import json
 import pickle
 import shutil
 
-import collect
 import numpy as np
-import plot
 import pytest
+import torch
+from conftest import run_script
+
+import collect
+import plot
 import score
 import sketch
-import torch
 import train_grpo
-from conftest import run_script
 
 OLD = b"an output of an earlier run"
 

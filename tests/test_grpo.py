@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-import train_grpo
 from conftest import tiny_qwen
 from test_gradients import relative_error
 from transformers import Qwen2Tokenizer
+
+import train_grpo
 
 CLIP, KL = 0.2, 0.05
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, tiny_qwen
+
 from sketch import Projection, kept_coordinates
 
 SHAPES = {"a.weight": (40, 30), "b.bias": (17,), "c.weight": (100,)}

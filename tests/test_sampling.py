@@ -2,12 +2,13 @@
 
 import json
 
-import collect
 import pytest
-import sketch
 import torch
-import train_grpo
 from conftest import tiny_qwen
+
+import collect
+import sketch
+import train_grpo
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 2, 3], [4, 4]]
 

@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import score
 import torch
+
+import score
 
 
 def write_sketch(path, array, **changes):
