@@ -55,7 +55,7 @@ SAVE_EVERY=${SAVE_EVERY:-50}          # steps between checkpoints within a phase
 ENGINE=${ENGINE:-hf}                  # what samples
 KV_TOKENS=${KV_TOKENS:-65536}         # tokens in the KV cache while sampling: lower it where memory is short
 BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens of a micro-batch with gradients: likewise
-DTYPE=${DTYPE:-float32}               # of the weights
+DTYPE=${DTYPE:-float32}               # or bfloat16; training keeps float32 weights either way
 SEED=${SEED:-0}
 PYTHON=${PYTHON:-}                    # a Python that has requirements.txt; empty: a .venv made on first use
 

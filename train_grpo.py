@@ -332,7 +332,7 @@ def main():
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of an update's micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the arithmetic (float32)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.group < 2 or min(args.steps, args.batch_size, args.eval_every, args.save_every, args.eval_samples) < 1:
@@ -353,8 +353,10 @@ def main():
     selected = load_selection(args.select, len(prompts))
     loaded = {Path(path).stem: load_rollouts(path) for path in args.eval}
     tests = {name: ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"]) for name, test in loaded.items()}
-    tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, args.device, args.dtype)
-    reference = load_policy(args.ref or args.model, args.device, args.dtype) if args.kl_coef else None
+    tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, args.device, "float32")
+    reference = load_policy(args.ref or args.model, args.device, "float32") if args.kl_coef else None
+    for model in filter(None, (policy, reference)):  # mixed precision: in bfloat16 weights an update of 1e-6 rounds away
+        model.forward = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")(model.forward)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     first, done, metrics = 0, 0, []  # steps of earlier phases, steps of this one
     if args.optimizer:

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_qwen
@@ -106,7 +107,8 @@ def test_accumulation_is_the_whole_batch():
     assert relative_error(single, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
 
 
-def test_two_armed_bandit(tmp_path, call):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_armed_bandit(tmp_path, call, dtype):
     """One prompt, two one-token answers of equal probability: GRPO must raise the expected reward from 0.5 to above 0.9."""
     policy = tiny_qwen(tied=False, vocab=2)
     with torch.no_grad():
@@ -120,13 +122,15 @@ def test_two_armed_bandit(tmp_path, call):
                 "logprobs": torch.zeros(0), "rewards": torch.zeros(1, 0), "answers": ["b"], "families": [""],
                 "meta": {"format": 1, "temperature": 1.0, "max_new_tokens": 1, "eos_ids": [7], "verifier": "exact"}},
                tmp_path / "r.pt")
-    import numpy as np
-
     np.save(tmp_path / "s.npy", np.array([0]))
     code, _, err = call(train_grpo, "--model", tmp_path / "base", "--rollouts", tmp_path / "r.pt", "--select",
-                        tmp_path / "s.npy", "--out", tmp_path / "policy", "--steps", 40, "--batch-size", 4, "--lr", 1e-2)
+                        tmp_path / "s.npy", "--out", tmp_path / "policy", "--steps", 40, "--batch-size", 4, "--lr", 1e-2,
+                        "--dtype", dtype)
     assert code == 0, err
-    assert expected_reward(train_grpo.load_policy(tmp_path / "policy", "cpu", "float32")) > 0.9
+    trained = train_grpo.load_policy(tmp_path / "policy", "cpu", "float32")
+    assert expected_reward(trained) > 0.9
+    weight = trained.lm_head.weight
+    assert (weight != weight.bfloat16().float()).any()  # the weights are float32 in mixed precision, too
     rows = [json.loads(line) for line in open(tmp_path / "policy/metrics.jsonl")]
     assert [row["step"] for row in rows] == list(range(41)) and rows[-1]["reward"] > rows[1]["reward"]
 
