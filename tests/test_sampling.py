@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_qwen
@@ -103,6 +104,19 @@ def test_chat_template_and_instruction(world):
     assert tokenizer.decode(collect.encode_prompt("1+2", "*", tokenizer)) == "(1+2*)="
     chat = [{"role": "system", "content": "4"}, {"role": "user", "content": "5"}]
     assert tokenizer.decode(collect.encode_prompt(chat, "*", tokenizer)) == "(4)(5)="
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_local_data(kind, tmp_path):
+    """GSM8K's columns, and a prompt of chat messages, from both kinds of local file."""
+    chat = [{"role": "user", "content": "2+2="}]
+    rows = [{"question": "1+1=", "answer": "one and one #### 2", "chat": chat}, {"question": "3+3=", "answer": "#### 6", "chat": chat}]
+    data = datasets.Dataset.from_list(rows)
+    path = str(tmp_path / f"data.{kind}")
+    data.to_json(path) if kind == "jsonl" else data.to_parquet(path)
+    load = collect.load_examples
+    assert load(path, "question", "answer", "family", None) == [("1+1=", "one and one #### 2", ""), ("3+3=", "#### 6", "")]
+    assert load(path, "chat", "answer", "question", 1) == [(chat, "one and one #### 2", "1+1=")]
 
 
 @pytest.mark.parametrize("response, answer, verifier, reward", [
