@@ -24,7 +24,8 @@ those of the distribution sampled from, temperature included.
 
     python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --prompt-key question \\
         --instruction ' Put the final answer in \\boxed{}.' --max-new-tokens 1024 --out rollouts.pt
-    python collect.py --model runs/toy/base --data runs/toy/train.jsonl --verifier exact --max-new-tokens 12 --out train.pt
+    python collect.py --model runs/toy-world/base --data runs/toy-world/train.jsonl --verifier exact \\
+        --max-new-tokens 10 --out train.pt
 """
 
 import argparse

@@ -10,7 +10,7 @@ averaged over the batch's prompts, by one AdamW update a batch. pi_ref is --ref,
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers, and in its meta the temperature, the length limit, the end
                      tokens and the verifier; its old responses are not used here.
         --select     selected.npy of score.py: int64 [n], the prompts to train on.
-        --eval       rollouts.pt files made with --k 0: test sets. Accuracy is the mean reward at the training temperature over
+        --eval       rollouts.pt files made with --k 0: test sets. Accuracy is the mean reward at their temperature over
                      --eval-samples responses a prompt (what J climbs), and greedy decoding beside it.
         --optimizer  optimizer.pt of the phase before: AdamW's state and the count of steps go on.
 Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer) with optimizer.pt, args.json and metrics.jsonl, a JSON
@@ -19,9 +19,10 @@ Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer) with opt
 
 The run works in OUT.part and renames it at its end. Killed and started again with the same command, it goes on from the
 last checkpoint (--save-every) and ends with the same bytes: random numbers come from (seed, step, place in the batch).
+--dtype bfloat16 is mixed precision: the weights and AdamW's state stay float32.
 Departs from the paper: no entropy bonus (theirs is 0.001).
 
-    python train_grpo.py --model runs/toy/base --rollouts train.pt --select selected.npy --eval test.pt --steps 40 --out policy
+    python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --eval test.pt --steps 40 --out policy
 """
 
 import argparse
@@ -263,7 +264,7 @@ def roll_out(policy, tokenizer, prompts, answers, k, temperature, meta, seeds, a
 
 
 def evaluate(policy, tokenizer, tests, args):
-    """{test set: accuracy sampled at the training temperature and greedy}; the same random numbers at every step."""
+    """{"eval": {test set: {"mean": sampled accuracy, "greedy": greedy accuracy}}}, by the same random numbers every time."""
     results = {}
     for name, (prompts, answers, meta) in tests.items():
         seeds = [stream_seed(args.seed, "eval", i) for i in range(len(prompts))]

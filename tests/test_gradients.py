@@ -103,7 +103,8 @@ def test_gradient_does_not_depend_on_its_batch(policy_and_truth, monkeypatch):
 
 ARCHITECTURES = {
     "llama": dict(num_key_value_heads=2), "qwen3": dict(num_key_value_heads=2, head_dim=8),
-    "gemma2": dict(num_key_value_heads=2, head_dim=8), "gpt2": {}, "gpt_neox": {}, "opt": dict(ffn_dim=24, word_embed_proj_dim=16),
+    "gemma2": dict(num_key_value_heads=2, head_dim=8), "gpt2": {}, "gpt_neox": {},
+    "opt": dict(ffn_dim=24, word_embed_proj_dim=16),
     "qwen3_moe": dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)}
 # Batched: llama, qwen3, gpt2, gpt_neox. Plain: scaled embeddings, positions with an offset, fused experts.
 
@@ -114,7 +115,8 @@ def test_every_architecture_is_exact(name, capsys):
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         name, vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=1, experts_implementation="eager", **ARCHITECTURES[name])).eval()
+        max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=1, experts_implementation="eager",
+        **ARCHITECTURES[name])).eval()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

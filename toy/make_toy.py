@@ -2,17 +2,17 @@
 
 Writes, into one folder,
 
-    train.jsonl                 12 families x 200 prompts: the pool that CROPI selects from
-    val_add.jsonl, val_sub.jsonl    the two targeted validation sets, 100 prompts each
-    test_targeted.jsonl         add and sub, 200 prompts each
-    test_untargeted.jsonl       the other ten families, 40 prompts each
-    base/                       the base policy: a Qwen2 of 1M parameters with its tokenizer, a Hugging Face checkpoint
+    train.jsonl                      12 families x 200 prompts: the pool that CROPI selects from
+    val_sort.jsonl, val_dbl.jsonl    the two targeted validation sets, 100 prompts each
+    test_targeted.jsonl              sort and dbl, 200 prompts each
+    test_untargeted.jsonl            the other ten families, 40 prompts each
+    base/                            the base policy: a Qwen2 of 1M parameters with its tokenizer, a Hugging Face checkpoint
 
 No prompt stands in two of the files, and none of them was seen in the base policy's training. A line of data is
-{"prompt": "347+285=", "answer": "632", "family": "add"}. How the families, the skill of the base policy and the settings
+{"prompt": "47+85=", "answer": "132", "family": "add"}. How the families, the skill of the base policy and the settings
 of the run were chosen is told in toy/README.md.
 
-    python toy/make_toy.py --out runs/toy
+    python toy/make_toy.py --out runs/toy-world
 """
 
 import argparse
@@ -166,7 +166,7 @@ def train_base(folder: Path, families: dict, held_out: set, steps: int, rng: ran
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="folder to fill (runs/toy)")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy-world"), help="folder to fill (runs/toy-world)")
     parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=f"training of the base policy ({SFT_STEPS})")
     parser.add_argument("--micro", action="store_true", help="four families of 30 prompts, for the tests")
     parser.add_argument("--seed", type=int, default=0)
