@@ -22,7 +22,8 @@ last checkpoint (--save-every) and ends with the same bytes: random numbers come
 --dtype bfloat16 is mixed precision: the weights and AdamW's state stay float32.
 Departs from the paper: no entropy bonus (theirs is 0.001).
 
-    python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --eval test.pt --steps 40 --out policy
+    python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --eval test.pt \\
+        --steps 30 --batch-size 64 --lr 1e-4 --out policy
 """
 
 import argparse

@@ -116,7 +116,8 @@ def test_two_armed_bandit(tmp_path, call, dtype):
     expected_reward = lambda model: torch.softmax(model(torch.tensor([[0]])).logits[0, -1], -1)[1].item()
     assert expected_reward(policy) == 0.5
     policy.save_pretrained(tmp_path / "base")
-    Qwen2Tokenizer(vocab={"a": 0, "b": 1}, merges=[], unk_token="a", pad_token="a", eos_token="a").save_pretrained(tmp_path / "base")
+    tokenizer = Qwen2Tokenizer(vocab={"a": 0, "b": 1}, merges=[], unk_token="a", pad_token="a", eos_token="a")
+    tokenizer.save_pretrained(tmp_path / "base")
     torch.save({"prompt_tokens": torch.zeros(1, dtype=torch.int32), "prompt_offsets": torch.tensor([0, 1]),
                 "response_tokens": torch.zeros(0, dtype=torch.int32), "response_offsets": torch.tensor([0]),
                 "logprobs": torch.zeros(0), "rewards": torch.zeros(1, 0), "answers": ["b"], "families": [""],

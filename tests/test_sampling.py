@@ -100,7 +100,8 @@ def test_file_holds_what_was_sampled(world, tmp_path, call):
 def test_chat_template_and_instruction(world):
     tokenizer = collect.load_tokenizer(world / "base")
     assert tokenizer.decode(collect.encode_prompt("sort(21)", "=", tokenizer)) == "sort(21)="
-    tokenizer.chat_template = "{% for m in messages %}({{ m['content'] }}){% endfor %}{% if add_generation_prompt %}={% endif %}"
+    tokenizer.chat_template = ("{% for m in messages %}({{ m['content'] }}){% endfor %}"
+                               "{% if add_generation_prompt %}={% endif %}")
     assert tokenizer.decode(collect.encode_prompt("1+2", "*", tokenizer)) == "(1+2*)="
     chat = [{"role": "system", "content": "4"}, {"role": "user", "content": "5"}]
     assert tokenizer.decode(collect.encode_prompt(chat, "*", tokenizer)) == "(4)(5)="
@@ -110,7 +111,8 @@ def test_chat_template_and_instruction(world):
 def test_local_data(kind, tmp_path):
     """GSM8K's columns, and a prompt of chat messages, from both kinds of local file."""
     chat = [{"role": "user", "content": "2+2="}]
-    rows = [{"question": "1+1=", "answer": "one and one #### 2", "chat": chat}, {"question": "3+3=", "answer": "#### 6", "chat": chat}]
+    rows = [{"question": "1+1=", "answer": "one and one #### 2", "chat": chat},
+            {"question": "3+3=", "answer": "#### 6", "chat": chat}]
     data = datasets.Dataset.from_list(rows)
     path = str(tmp_path / f"data.{kind}")
     data.to_json(path) if kind == "jsonl" else data.to_parquet(path)

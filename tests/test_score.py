@@ -89,7 +89,8 @@ def rollouts_with_rewards(path, rewards):
     torch.save({"prompt_tokens": torch.ones(n, dtype=torch.int32), "prompt_offsets": torch.arange(n + 1),
                 "response_tokens": torch.ones(n * k, dtype=torch.int32), "response_offsets": torch.arange(n * k + 1),
                 "logprobs": torch.zeros(n * k), "rewards": rewards, "answers": ["1"] * n, "families": [""] * n,
-                "meta": {"format": 1, "temperature": 1.0, "k": k, "eos_ids": [1], "max_new_tokens": 4, "verifier": "exact"}}, path)
+                "meta": {"format": 1, "temperature": 1.0, "k": k, "eos_ids": [1], "max_new_tokens": 4,
+                         "verifier": "exact"}}, path)
     return path
 
 
