@@ -44,8 +44,9 @@ def test_ties_go_by_index():
     # column 0 ranks 0 1 2, column 1 ranks 0 2 1, column 2 ranks 1 2 0: one term each of 1, 1/2 and 1/3 in several orders
     fused = score.reciprocal_rank_fusion(scores, 3)
     assert fused.tolist() == pytest.approx([1 + 1 + 1 / 3, 1 / 2 + 1 / 3 + 1, 1 / 3 + 1 / 2 + 1 / 2])
-    rotated = score.reciprocal_rank_fusion(np.array([[3.0, 2, 1], [2, 1, 3], [1, 3, 2]]), 3)
-    assert rotated[0] == rotated[1] == rotated[2]  # 1, 1/2 and 1/3 in three orders of addition
+    square = np.array([[float((i + v) % 7) for v in range(7)] for i in range(7)])  # every prompt has every rank once
+    rotated = score.reciprocal_rank_fusion(square, 7)
+    assert len(set(rotated)) == 1  # though 1 + 1/2 + .. + 1/7 is added up in seven orders
     assert score.select(rotated, 2).tolist() == [0, 1]
 
 
