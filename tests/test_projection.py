@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, tiny_qwen
+from test_gradients import arguments
 
+import sketch
 from sketch import Projection, kept_coordinates
 
 SHAPES = {"a.weight": (40, 30), "b.bias": (17,), "c.weight": (100,)}
@@ -43,6 +45,14 @@ def test_same_in_another_process(kind, tmp_path):
     here = project(random_gradients(2, 4), kind=kind)
     assert torch.equal(torch.load(tmp_path / "x.pt"), here)
     assert not torch.equal(project(random_gradients(2, 4), kind=kind, seed=1), here)
+
+
+def test_same_on_a_reloaded_model(tmp_path):
+    policy = tiny_qwen(tied=True)
+    policy.save_pretrained(tmp_path)
+    one, other = (sketch.Sketcher(model, Projection(0, 0.3, 64, "sjlt", "cpu"))(*arguments([0, 1, 2]))
+                  for model in (policy, sketch.load_policy(tmp_path, "cpu", "float32")))
+    assert torch.equal(one, other) and one.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind, keep", [("sjlt", 0.3), ("sjlt", 1.0), ("rademacher", 0.3)])
