@@ -344,15 +344,14 @@ def main():
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
 
     # Inputs, and the state of a run that was killed
-    settings, part = json.loads(json.dumps(vars(args), default=str)), args.out.with_name(args.out.name + ".part")
+    rollouts, part = load_rollouts(args.rollouts), args.out.with_name(args.out.name + ".part")
+    meta, answers, prompts = rollouts["meta"], rollouts["answers"], [p.tolist() for p in rollouts["prompts"]]
+    selected = load_selection(args.select, len(prompts))
+    settings = json.loads(json.dumps({**vars(args), "selected": selected}, default=str))
     if args.out.exists():
         check_same_settings(args.out, settings)
         print(f"{args.out}: complete, nothing to do")
         return
-    rollouts = load_rollouts(args.rollouts)
-    meta, answers = rollouts["meta"], rollouts["answers"]
-    prompts = [p.tolist() for p in rollouts["prompts"]]
-    selected = load_selection(args.select, len(prompts))
     loaded = {Path(path).stem: load_rollouts(path) for path in args.eval}
     tests = {name: ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"]) for name, test in loaded.items()}
     tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, args.device, "float32")
@@ -378,7 +377,7 @@ def main():
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         done, metrics = state["step"], state["metrics"]
-    (part / "args.json").write_text(json.dumps(settings, indent=1))
+    (part / "args.json").write_text(json.dumps(settings))
     for group in optimizer.param_groups:
         group["lr"] = args.lr
 

@@ -230,6 +230,19 @@ def test_training_folder_of_other_settings(files, refuses, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["args.json"]
 
 
+def test_training_folder_of_another_selection(files, call, tmp_path):
+    """The same paths, but other prompts in selected.npy: the finished policy is not theirs."""
+    arguments = ["--model", files["base"], "--rollouts", files["rollouts"], "--select", tmp_path / "s.npy", "--steps", 1,
+                 "--batch-size", 1, "--out", tmp_path / "policy"]
+    np.save(tmp_path / "s.npy", np.array([1, 2]))
+    assert call(train_grpo, *arguments)[0] == 0
+    code, stdout, _ = call(train_grpo, *arguments)
+    assert code == 0 and "complete, nothing to do" in stdout
+    np.save(tmp_path / "s.npy", np.array([2, 1]))
+    code, _, err = call(train_grpo, *arguments)
+    assert code == 2 and "a run with another selected" in err
+
+
 def test_plot_of_no_run(refuses, tmp_path):
     refuses(plot, tmp_path, names=tmp_path, says="no readable run", out=tmp_path)
 

@@ -79,6 +79,19 @@ def test_same_bytes_again_and_through_kills_of_the_loop(micro_run, world):
         shutil.rmtree(first)
 
 
+def test_baselines_run_in_the_same_loop(micro_run, world, tmp_path):
+    """full, random, passrate and learnability on the same rollouts, one step of one phase each."""
+    run = tmp_path / "run"
+    shutil.copytree(micro_run[0] / "rollouts", run / "rollouts")
+    methods = {"full": 120, "random": 24, "passrate": 24, "learnability": 24}
+    output = run_loop(run, world, BASELINE="full random passrate", METHOD="learnability", PHASES="1", STEPS="1")
+    assert "collect.py" not in output  # the rollouts are shared
+    for method, n in methods.items():
+        assert len(np.load(run / method / "phase-0/selected.npy")) == n
+        assert (run / method / "phase-0/policy/model.safetensors").exists()
+        assert not (run / method / "phase-0/train.npy").exists()
+
+
 def test_loop_refuses_other_settings(micro_run, world):
     run, _ = micro_run
     before = artefacts(run)
