@@ -47,6 +47,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 FORMAT = 1  # of rollouts.pt
+KNOWN = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: the layers of prompt_gradients
 CHUNK = 2**22  # numbers of a layer's gradients that exist at once, unless a single gradient has more
 
 
@@ -157,10 +158,6 @@ class Projection:
             sketches.addmm_(block, (signs * 2 - 1).to(block), alpha=(self.dim * self.keep) ** -0.5)
 
 
-def is_known(module):  # subclasses may compute something else
-    return type(module) in (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D) or type(module).__name__.endswith("RMSNorm")
-
-
 def prompt_gradients(module, x, delta, b):
     """Gradients of a layer's parameters for each of b prompts: yields (parameter, float32 [b, *its shape]).
 
@@ -191,7 +188,8 @@ class Sketcher:
         self.policy, self.projection = policy, projection
         self.names = {parameter: name for name, parameter in policy.named_parameters()}
         modules = [m for m in policy.modules() if next(m.parameters(recurse=False), None) is not None]
-        self.fast = fast and all(map(is_known, modules))
+        known = all(type(m) in KNOWN or type(m).__name__.endswith("RMSNorm") for m in modules)  # no subclass
+        self.fast = fast and known
         policy.requires_grad_(not self.fast)
         self.hooks = [module.register_forward_hook(self.watch) for module in modules if self.fast]
 
@@ -293,8 +291,7 @@ def fingerprint(policy):
     """sha256 of the parameters' names and bytes: two sketches may be compared only at the same policy."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(name.encode() + parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
