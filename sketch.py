@@ -141,7 +141,7 @@ class Projection:
         if name not in self.drawn:
             generator = self.generator(name)
             kept = kept_coordinates(numel, self.keep, generator)
-            places = torch.randint(self.dim, kept.shape, generator=generator, dtype=torch.int32)
+            places = torch.randint(self.dim, kept.shape, generator=generator)
             signs = (torch.randint(2, kept.shape, generator=generator) * 2.0 - 1) / self.keep**0.5
             self.drawn[name] = [x.to(self.device) for x in (kept, places, signs)]
         return self.drawn[name]
@@ -151,7 +151,7 @@ class Projection:
         kept, places, signs = self.draw(name, gradients[0].numel())
         gradients = gradients.flatten(1).index_select(1, kept)  # [B, kept]
         if self.kind == "sjlt":
-            sketches.index_add_(1, places, gradients * signs)
+            sketches.scatter_add_(1, places.expand(len(gradients), -1), gradients * signs)
             return
         for number, block in enumerate(gradients.split(512, dim=1)):
             signs = torch.randint(2, (block.shape[1], self.dim), generator=self.generator(name, number), dtype=torch.int8)
