@@ -62,16 +62,7 @@ PYTHON=${PYTHON:-}                    # a Python that has requirements.txt; empt
 # ---- set-up --------------------------------------------------------------------------------------------------------
 die() { echo "run_cropi.sh: error: $*" >&2; exit 2; }
 
-if [ -z "$PYTHON" ]; then
-    PYTHON=.venv/bin/python
-    if ! cmp -s requirements.txt .venv/installed; then
-        echo "Installing requirements.txt into .venv (once)"
-        python3 -m venv .venv
-        .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-        cp requirements.txt .venv/installed
-    fi
-fi
-export HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+. ./setup.sh
 
 now() { "$PYTHON" -c 'import time; print(time.time())'; }
 

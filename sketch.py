@@ -204,15 +204,15 @@ class Sketcher:
 
     @torch.no_grad()
     def meet(self, module, x, delta):
-        step = max(1, CHUNK // module.weight.numel())  # prompts whose gradients stay in the cache, or a single one
+        step = max(1, CHUNK // module.weight.numel())  # prompts at a time: as many as CHUNK allows, or one
         rows = step * self.rows // len(self.sketches)
         for sketches, x, delta in zip(self.sketches.split(step), x.split(rows), delta.split(rows)):
             for parameter, gradients in prompt_gradients(module, x, delta, len(sketches)):
                 self.projection.add(self.names[parameter], gradients, sketches)
 
     def __call__(self, prompts, responses, logp_beta, advantages, k, temperature):
-        """prompts: b lists of token ids; responses, logp_beta (b * rows lists) and advantages [b * rows], prompt-major:
-        `rows` of each prompt's K trajectories. Returns float32 [b, dim], their part of g~."""
+        """prompts: b sequences of token ids; responses (b * rows sequences), logp_beta (b * rows tensors [|tau|]) and
+        advantages [b * rows], prompt-major: `rows` of each prompt's K trajectories. Returns their part of g~, [b, dim]."""
         self.sketches = torch.zeros(len(prompts), self.projection.dim, device=self.policy.device)
         self.rows = len(responses)
         prompts = [p for p in prompts for _ in range(self.rows // len(prompts))]

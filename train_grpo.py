@@ -347,7 +347,9 @@ def main():
     rollouts, part = load_rollouts(args.rollouts), args.out.with_name(args.out.name + ".part")
     meta, answers, prompts = rollouts["meta"], rollouts["answers"], [p.tolist() for p in rollouts["prompts"]]
     selected = load_selection(args.select, len(prompts))
-    settings = json.loads(json.dumps({**vars(args), "selected": selected}, default=str))
+    memory = ("kv_tokens", "batch_tokens")  # may change on the way: a run that ran out of memory goes on with less
+    settings = {name: value for name, value in vars(args).items() if name not in memory}
+    settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
     if args.out.exists():
         check_same_settings(args.out, settings)
         print(f"{args.out}: complete, nothing to do")

@@ -238,6 +238,7 @@ def test_training_folder_of_another_selection(files, call, tmp_path):
     assert call(train_grpo, *arguments)[0] == 0
     code, stdout, _ = call(train_grpo, *arguments)
     assert code == 0 and "complete, nothing to do" in stdout
+    assert call(train_grpo, *arguments, "--batch-tokens", 100, "--kv-tokens", 100)[0] == 0  # memory is no setting
     np.save(tmp_path / "s.npy", np.array([2, 1]))
     code, _, err = call(train_grpo, *arguments)
     assert code == 2 and "a run with another selected" in err
