@@ -19,6 +19,9 @@ Writes  --out    rollouts.pt, for N prompts with K responses each (torch.load wi
                      meta                 dict: model, temperature, max_new_tokens, eos_ids, verifier, seed, k, data, format
                  --k 0 stores prompts and answers only: a test set for train_grpo.py --eval.
 
+Finished batches lie in OUT.parts until all are there: a killed run, started again, goes on from them. Under torchrun (on
+one file system) the batches are dealt out by cost; the bytes are those of one process, whose batches are the same.
+
 Departs from the authors' release: tokens are kept as sampled (re-tokenizing text loses the end token), and log-probs are
 those of the distribution sampled from, temperature included.
 
@@ -26,14 +29,18 @@ those of the distribution sampled from, temperature included.
         --instruction ' Put the final answer in \\boxed{}.' --max-new-tokens 1024 --out rollouts.pt
     python collect.py --model runs/toy-world/base --data runs/toy-world/train.jsonl --verifier exact \\
         --max-new-tokens 10 --out train.pt
+    torchrun --nproc_per_node 8 collect.py --model MODEL --data DATA --out rollouts.pt --dtype bfloat16
 """
 
 import argparse
 import hashlib
+import json
 import logging
 import os
+import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -43,6 +50,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 FORMAT = 1  # of rollouts.pt
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
 
 def fail(file, found, expected, mend):
@@ -208,6 +216,22 @@ def batches_by_tokens(lengths, budget):
     return batches + [batch]
 
 
+def deal(costs, processes):
+    """Which process does what: the costliest first, each to the least loaded. Returns a list of indices for each process."""
+    shares, loads = [[] for _ in range(processes)], [0] * processes
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += costs[i]
+    return shares
+
+
+def barrier():
+    """Waits for torchrun's other processes."""
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
 def flat(lists, dtype):
     """Ragged lists as one flat tensor and int64 offsets: list i is flat[offsets[i]:offsets[i + 1]]."""
     offsets = torch.tensor([0] + [len(x) for x in lists]).cumsum(0)
@@ -223,12 +247,33 @@ def replacing(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "wb")  # a folder raises
+        file = open(path if path.is_dir() else part, "w+b")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:
         yield file
     os.replace(part, path)
+
+
+def unfinished(out, settings):
+    """The folder OUT.parts, where every finished batch leaves a file; emptied if it was made with other settings."""
+    folder, text = out.with_name(out.name + ".parts"), json.dumps(settings)
+    note = folder / "settings.json"
+    if RANK == 0 and not (note.exists() and note.read_text() == text):
+        shutil.rmtree(folder, ignore_errors=True)
+        with replacing(note) as file:
+            file.write(text.encode())
+    barrier()
+    return folder
+
+
+def fingerprint(policy):
+    """sha256 of the parameters' names and bytes: two sketches may be compared only at the same policy."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(policy.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def main():
@@ -256,6 +301,9 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
+    if WORLD > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
 
     tokenizer = load_tokenizer(args.model)
     examples = load_examples(args.data, args.prompt_key, args.answer_key, args.family_key, args.limit)
@@ -269,32 +317,46 @@ def main():
              f"with --max-new-tokens {args.max_new_tokens}", "drop the example or lower --max-new-tokens")
     eos_ids = end_tokens(args.model, tokenizer)
     n, k = len(prompts), args.k
-    responses, logprobs = [[]] * (n * k), [[]] * (n * k)
-    rewards = torch.zeros(n, k)
-    with replacing(args.out) as file:
+    meta = {"format": FORMAT, "model": args.model, "data": args.data, "k": k, "temperature": args.temperature,
+            "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids, "verifier": args.verifier, "seed": args.seed}
+    responses, logprobs, rewards = [[]] * (n * k), [[]] * (n * k), torch.zeros(n, k)
+    with replacing(args.out) if RANK == 0 else nullcontext() as file:
         if k:
             policy = load_policy(args.model, args.device, args.dtype)
-            progress = tqdm(total=n, desc=f"collect {args.out.name}", unit="prompt")
-            for batch in batches_by_tokens([k * (len(p) + args.max_new_tokens) for p in prompts], args.kv_tokens):
-                seeds = [stream_seed(args.seed, i) for i in batch]
-                drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, args.temperature,
-                                                   args.max_new_tokens, eos_ids, seeds)
-                texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+            costs = [k * (len(p) + args.max_new_tokens) for p in prompts]
+            plan = batches_by_tokens(costs, args.kv_tokens)  # one for all processes
+            mine = deal([len(batch) * costs[batch[0]] for batch in plan], WORLD)[RANK]
+            folder = unfinished(args.out, [meta, stream_seed(prompts, answers), fingerprint(policy), args.engine,
+                                           args.dtype, args.kv_tokens])
+            progress = tqdm(total=sum(len(plan[i]) for i in mine), desc=f"collect {args.out.name}", unit="prompt",
+                            disable=RANK > 0)
+            for batch, part in ((plan[i], folder / f"{i}.pt") for i in mine):
+                if not part.exists():
+                    drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, args.temperature,
+                                                       args.max_new_tokens, eos_ids, [stream_seed(args.seed, i) for i in batch])
+                    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+                    right = [verify(text, answers[batch[j // k]], args.verifier) for j, text in enumerate(texts)]
+                    with replacing(part) as part_file:
+                        torch.save((drawn, logp, right), part_file)
+                progress.update(len(batch))
+            progress.close()
+            barrier()
+            for number, batch in enumerate(plan if RANK == 0 else ()):
+                drawn, logp, right = torch.load(folder / f"{number}.pt", weights_only=True)
                 for j, i in enumerate(batch):
                     responses[i * k:(i + 1) * k] = drawn[j * k:(j + 1) * k]
                     logprobs[i * k:(i + 1) * k] = logp[j * k:(j + 1) * k]
-                    rewards[i] = torch.tensor([verify(text, answers[i], args.verifier) for text in texts[j * k:(j + 1) * k]])
-                progress.update(len(batch))
-            progress.close()
-
+                    rewards[i] = torch.tensor(right[j * k:(j + 1) * k])
+        if RANK > 0:
+            return
         prompt_tokens, prompt_offsets = flat(prompts, torch.int32)
         response_tokens, response_offsets = flat(responses, torch.int32)
-        meta = {"format": FORMAT, "model": args.model, "data": args.data, "k": k, "temperature": args.temperature,
-                "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids, "verifier": args.verifier, "seed": args.seed}
         rollouts = {"prompt_tokens": prompt_tokens, "prompt_offsets": prompt_offsets, "response_tokens": response_tokens,
                     "response_offsets": response_offsets, "logprobs": flat(logprobs, torch.float32)[0], "rewards": rewards,
                     "answers": answers, "families": [family for _, _, family in examples], "meta": meta}
         torch.save(rollouts, file)
+    if k:
+        shutil.rmtree(folder)
     summary = f"; mean reward {rewards.mean():.3f}, {(rewards.std(1) > 0).float().mean():.0%} of prompts with a " \
               f"reward variance, {len(response_tokens)} response tokens" if k > 1 else ""
     print(f"{args.out}: {n} prompts x {k} responses{summary}")

@@ -22,6 +22,7 @@ if [ -z "$MODEL" ]; then
     TEST=${TEST:-targeted=$TOY/test_targeted.jsonl untargeted=$TOY/test_untargeted.jsonl}
     VERIFIER=${VERIFIER:-exact} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-10} TEMPERATURE=${TEMPERATURE:-1.0}
     K_VAL=${K_VAL:-16} PHASES=${PHASES:-3} STEPS=${STEPS:-30} BATCH=${BATCH:-64} LR=${LR:-1e-4} DIM=${DIM:-8192}
+    BATCH_TOKENS=${BATCH_TOKENS:-2048}
 else
     TOY=
 fi

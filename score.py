@@ -32,9 +32,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 FORMAT = 1  # of rollouts.pt
-MUST_MATCH = ("format", "policy", "seed", "keep", "dim", "projection")  # in the sketches' .json files
+MUST_MATCH = ("format", "policy", "seed", "keep", "dim", "drop", "projection")  # in the sketches' .json files
 ROWS = 512  # of a sketch in memory at once
 
 
@@ -54,14 +55,13 @@ def selection_size(alpha, n_prompts):
     return int(alpha * n_prompts)
 
 
-def popi(sketches, validation_means):
-    """U_v(s0) = cos(g~(s0), mean of g~ over D_v). sketches: [B, dim]; validation_means: [V, dim]; returns float32 [B, V].
+def popi(sketches, norms, validation_means):
+    """U_v(s0) = cos(g~(s0), mean of g~ over D_v). Returns [B, V]; a zero sketch (no reward variance) scores -inf.
 
-    A zero sketch (no reward variance) scores -inf.
+    sketches: [B, dim]; norms: [B, 1], theirs; validation_means: [V, dim].
     """
-    norms = np.sqrt(np.einsum("bd,bd->b", sketches, sketches))[:, None]  # [B, 1]
-    units = validation_means / np.linalg.norm(validation_means, axis=1, keepdims=True)
-    return np.where(norms > 0, sketches @ units.T / np.maximum(norms, np.finfo(np.float32).tiny), -np.inf)
+    units = validation_means / validation_means.norm(dim=1, keepdim=True)
+    return (sketches @ units.T / norms).masked_fill(norms == 0, -torch.inf)
 
 
 def reciprocal_rank_fusion(scores, n, c=0.0):
@@ -100,14 +100,29 @@ def select_baseline(method, rewards, n, seed):
     return shuffled[select(learnability[shuffled], n)]
 
 
+class Ragged:
+    """Sequences in one flat array: number i is flat[offsets[i]:offsets[i + 1]]."""
+
+    def __init__(self, flat, offsets):
+        self.flat, self.offsets = flat, offsets.tolist()
+        if self.offsets[-1] != len(flat):
+            raise ValueError(f"{len(flat)} elements, offsets to {self.offsets[-1]}")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        return self.flat[self.offsets[i]:self.offsets[i + 1]]
+
+
 def load_rollouts(path):
-    """rollouts.pt of collect.py, its ragged arrays also as 1-D tensors: prompts [N], responses and logprobs [N*K]."""
+    """rollouts.pt of collect.py, its flat arrays also as sequences of 1-D tensors: prompts [N], responses, logprobs [N*K]."""
     try:
-        rollouts = torch.load(path, weights_only=True)  # refuses a pickle that would run code
+        rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
         for name, array, offsets in (("prompts", "prompt_tokens", "prompt_offsets"),
                                      ("responses", "response_tokens", "response_offsets"),
                                      ("logprobs", "logprobs", "response_offsets")):
-            rollouts[name] = rollouts[array].split(rollouts[offsets].diff().tolist())  # raises where the sum differs
+            rollouts[name] = Ragged(rollouts[array], rollouts[offsets])
         n, k = rollouts["rewards"].shape
         found = [rollouts["meta"]["format"], *(len(rollouts[name]) for name in ("prompts", "responses", "answers"))]
         if found != [FORMAT, n, n * k, n]:
@@ -127,7 +142,7 @@ def replacing(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "wb")  # a folder raises
+        file = open(path if path.is_dir() else part, "w+b")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:
@@ -151,14 +166,18 @@ def open_sketch(path):
 
 
 def blocks(sketch, path):
-    """Rows of a sketch, block by block, checked for NaN and infinity."""
-    for start in range(0, len(sketch), ROWS):
-        rows = np.asarray(sketch[start:start + ROWS])
-        finite = np.isfinite(rows).all(1)
+    """Rows of a sketch and their norms, block by block, checked for NaN and infinity: float32 [B, dim] and [B, 1]."""
+    n, dim = sketch.shape
+    for start in tqdm(range(0, n, ROWS), desc=f"score {path}", unit="block", leave=False):
+        shape = min(ROWS, n - start), dim
+        rows = np.memmap(path, np.float32, "c", sketch.offset + start * 4 * dim, shape)  # anew: the last one's memory is freed
+        rows = torch.from_numpy(rows)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        finite = norms[:, 0].isfinite()
         if not finite.all():
-            fail(path, f"NaN or infinity in row {start + int(finite.argmin())}", "finite numbers",
+            fail(path, f"NaN or infinity in row {start + int(finite.int().argmin())}", "finite numbers",
                  "look for a diverged policy, then sketch anew")
-        yield rows
+        yield rows, norms
 
 
 def influence(train, validation):
@@ -170,11 +189,11 @@ def influence(train, validation):
         for key in MUST_MATCH:
             if found[key] != expected[key]:
                 fail(path, f"{key} {found[key]}", f"{expected[key]} as in {train}", "sketch both with the same settings")
-        means.append(sum(rows.sum(0, dtype=np.float64) for rows in blocks(other, path)) / len(other))
+        means.append(sum(rows.sum(0, dtype=torch.float64) for rows, _ in blocks(other, path)) / len(other))
         if not means[-1].any():
             fail(path, "a zero mean gradient", "a validation set with some reward variance", "use other validation prompts")
-    means = np.array(means, dtype=np.float32)
-    return np.concatenate([popi(rows, means) for rows in blocks(sketch, train)]).astype(np.float32)
+    means = torch.stack(means).float()
+    return torch.cat([popi(rows, norms, means) for rows, norms in blocks(sketch, train)]).numpy()
 
 
 def main():

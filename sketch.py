@@ -13,27 +13,33 @@ Reads   --model      the current policy theta, a Hugging Face folder or hub name
         --rollouts   one or more rollouts.pt of collect.py.
 Writes  --out        for each a sketch: float32 .npy [N, dim], row i for prompt i; a zero row where all rewards of a prompt
                      are equal (its gradient is zero: it is skipped and counted). Beside it a .json of the same name: what
-                     must match before two sketches are compared (policy fingerprint, seed, keep, dim, projection, format)
-                     and what was seen (prompts, skipped, tokens, seconds).
+                     must match before two sketches are compared (policy fingerprint, seed, keep, dim, drop, projection,
+                     format) and what was seen (prompts, skipped, tokens, seconds).
 
 One backward pass serves many prompts: the weights are frozen; at each layer the gradient that arrives at the output meets
 the layer's input, prompt by prompt (for a Linear, delta^T x), and only the kept coordinates go on into the sketch. Where a
-model has a layer unknown to prompt_gradients, or this and plain autograd disagree on two prompts, plain autograd makes
-the sketches, one prompt a pass, and a line says so.
+model has a layer unknown to prompt_gradients, or this and plain autograd disagree on a trial, plain autograd makes the
+sketches, one prompt a pass, and a line says so.
+
+Finished batches lie in OUT.parts until all are there: a killed run, started again, goes on from them. Under torchrun (on
+one file system) the batches are dealt out by cost; the bytes are those of one process, whose batches are the same.
 
 Departs from the authors' release: every parameter is kept from (theirs keeps coordinates of the first one, the embedding,
 only), and log-probs are at the sampling temperature.
 
     python sketch.py --model runs/toy-world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
+    torchrun --nproc_per_node 8 sketch.py --model MODEL --rollouts train.pt --out train.npy --dtype bfloat16
 """
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +47,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.func import functional_call
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 FORMAT = 1  # of rollouts.pt
 KNOWN = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: the layers of prompt_gradients
 CHUNK = 2**22  # numbers of a layer's gradients that exist at once, unless a single gradient has more
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
 
 def fail(file, found, expected, mend):
@@ -71,25 +77,33 @@ def group_advantage(rewards):
     return torch.where(std > 0, advantages, torch.zeros_like(advantages))
 
 
-def response_logprobs(policy, prompts, responses, temperature):
-    """log pi(x_t | s_t) of each response token under softmax(logits / temperature).
+def group_logprobs(policy, prompts, responses, temperature):
+    """log pi(x_t | s_t) of each response token under softmax(logits / temperature), n responses to each of b prompts.
 
-    prompts, responses: B sequences of token ids. Returns logp [B, R] (0 where there is no token) and its bool mask [B, R],
-    R the longest response. Rows are padded on the right, where a causal model's tokens cannot look: padding and batch
-    mates change nothing but the last float digits.
+    prompts: b sequences of token ids; responses: b * n, prompt-major. Returns logp [b * n, R] (0 where there is no token)
+    and its bool mask [b * n, R], R the longest response. A prompt is read once: its n responses share its keys and values,
+    through which their gradients meet. Prompts are padded on the left and masked, responses on the right, where a causal
+    model's tokens cannot look: padding and batch mates change nothing but the last float digits.
     """
-    rows = [torch.cat([torch.as_tensor(p), torch.as_tensor(r)]).long() for p, r in zip(prompts, responses)]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.device)  # [B, T]
-    first = min(map(len, prompts)) - 1  # no response token is predicted from before here
-    logits = policy(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits[:, :-1]  # [B, T - 1 - first, V]
-    targets = tokens[:, first + 1:]
-    logp = -F.cross_entropy(logits.float().div(temperature).flatten(0, 1), targets.flatten(), reduction="none")
-    lengths = torch.tensor([len(r) for r in responses], device=policy.device)
-    steps = torch.arange(int(lengths.max()), device=policy.device)  # [R]
-    mask = steps < lengths[:, None]
-    starts = torch.tensor([len(p) for p in prompts], device=policy.device) - 1 - first
-    places = (starts[:, None] + steps).clamp(max=targets.shape[1] - 1)
-    return logp.view(targets.shape).gather(1, places).masked_fill(~mask, 0), mask
+    pad, device, n = nn.utils.rnn.pad_sequence, policy.device, len(responses) // len(prompts)
+    tokens = pad([torch.as_tensor(p).long() for p in prompts], batch_first=True, padding_side="left").to(device)  # [b, P]
+    lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]
+    places = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative where there is no token
+    cache, seen = DynamicCache(config=policy.config), (places >= 0).long()
+    first = policy(tokens, attention_mask=seen, position_ids=places.clamp(min=0), past_key_values=cache,
+                   logits_to_keep=1).logits  # [b, 1, V]
+
+    targets = pad([torch.as_tensor(r).long() for r in responses], batch_first=True).to(device)  # [b * n, R]
+    steps = torch.arange(targets.shape[1], device=device)
+    mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]
+    cache.batch_repeat_interleave(n)
+    inputs = targets[:, :max(1, len(steps) - 1)]  # the last token predicts nothing
+    seen = torch.cat([seen.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
+    then = policy(inputs, attention_mask=seen, position_ids=lengths.repeat_interleave(n, 0) + steps[:inputs.shape[1]],
+                  past_key_values=cache).logits[:, :len(steps) - 1]
+    logp = [-F.cross_entropy(logits.float().div(temperature).flatten(0, 1), tokens.flatten(), reduction="none")
+            .view(tokens.shape) for logits, tokens in ((first.repeat_interleave(n, 0), targets[:, :1]), (then, targets[:, 1:]))]
+    return torch.cat(logp, 1).masked_fill(~mask, 0), mask
 
 
 def token_ratio(logp, logp_beta):
@@ -123,62 +137,83 @@ def kept_coordinates(numel, keep, generator):
 class Projection:
     """P drop(.), a linear map from all parameters to `dim` numbers, drawn from (seed, parameter name) on the CPU.
 
-    sjlt: a kept coordinate goes to one random place of the sketch with a random sign (sparse Johnson-Lindenstrauss, one
-    non-zero a column; Kane and Nelson 2014). rademacher: to all places with random signs / sqrt(dim), made block by block
-    and never whole; for comparison, dim times the work. Both are scaled by 1 / sqrt(keep), so that
-    E[P drop(x) . P drop(y)] = x . y, with variance (1/keep - 1) S + (|x|^2 |y|^2 + (x . y)^2 - 2 S) / dim, S = sum x_j^2 y_j^2.
+    drop: 'coordinates' keeps each with probability `keep`; 'rows' draws over whole rows (of the first dimension) of each
+    parameter, so that the others' gradients need not be computed. kind: 'sjlt' sends a kept coordinate to one random place
+    of the sketch with a random sign (sparse Johnson-Lindenstrauss, one non-zero a column; Kane and Nelson 2014);
+    'rademacher' to all places with random signs / sqrt(dim), made block by block and never whole; for comparison, dim times
+    the work. Both are scaled by 1 / sqrt(keep), so that E[P drop(x) . P drop(y)] = x . y, of variance (for coordinates)
+    (1/keep - 1) S + (|x|^2 |y|^2 + (x . y)^2 - 2 S) / dim, S = sum x_j^2 y_j^2.
     """
 
-    def __init__(self, seed, keep, dim, kind, device):
-        self.seed, self.keep, self.dim, self.kind, self.device = seed, keep, dim, kind, device
-        self.drawn = {}  # parameter name -> (kept coordinates, their places, their signs)
+    def __init__(self, seed, keep, dim, kind, drop, device):
+        self.seed, self.keep, self.dim, self.kind, self.drop, self.device = seed, keep, dim, kind, drop, device
+        self.drawn = {}  # parameter name -> kept rows, kept coordinates of these, places of the kept ones
 
     def generator(self, *key):
         digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
-    def draw(self, name, numel):
+    def draw(self, name, shape):
+        """(rows, kept, places) of a parameter; a slice where all are kept. int32: 8 bytes a kept coordinate."""
         if name not in self.drawn:
-            generator = self.generator(name)
-            kept = kept_coordinates(numel, self.keep, generator)
-            places = torch.randint(self.dim, kept.shape, generator=generator)
-            signs = (torch.randint(2, kept.shape, generator=generator) * 2.0 - 1) / self.keep**0.5
-            self.drawn[name] = [x.to(self.device) for x in (kept, places, signs)]
+            generator, everything = self.generator(name), slice(None)
+            numel = shape.numel()
+            if self.drop == "rows":
+                rows, kept = kept_coordinates(shape[0], self.keep, generator), everything
+                count = len(rows) * numel // shape[0]
+            else:
+                rows, kept = everything, kept_coordinates(numel, self.keep, generator)
+                count = len(kept)
+            places = torch.randint(2 * self.dim, (count,), generator=generator)  # the upper half is subtracted
+            self.drawn[name] = [x if x is everything else x.int().to(self.device) for x in (rows, kept, places)]
         return self.drawn[name]
 
-    def add(self, name, gradients, sketches):
-        """sketches [B, dim] += P drop(gradients [B, *shape of the parameter]), float32."""
-        kept, places, signs = self.draw(name, gradients[0].numel())
-        gradients = gradients.flatten(1).index_select(1, kept)  # [B, kept]
+    def zeros(self, b):
+        """Sums for `add` to add to: [b, 2 dim], what has sign +, then what has sign -."""
+        return torch.zeros(b, 2 * self.dim, device=self.device)
+
+    def add(self, name, shape, gradients, sums):
+        """sums [b, 2 dim] += a parameter's part, from float32 gradients [b, kept rows, ...] of the parameter's `shape`."""
+        _, kept, places = self.draw(name, shape)
+        gradients = gradients.flatten(1)
+        if not isinstance(kept, slice):
+            gradients = gradients.index_select(1, kept)  # [b, kept]
         if self.kind == "sjlt":
-            sketches.scatter_add_(1, places.expand(len(gradients), -1), gradients * signs)
+            sums.scatter_add_(1, places.expand(len(gradients), -1), gradients)
             return
         for number, block in enumerate(gradients.split(512, dim=1)):
             signs = torch.randint(2, (block.shape[1], self.dim), generator=self.generator(name, number), dtype=torch.int8)
-            sketches.addmm_(block, (signs * 2 - 1).to(block), alpha=(self.dim * self.keep) ** -0.5)
+            sums[:, :self.dim].addmm_(block, (signs * 2 - 1).to(block), alpha=self.dim**-0.5)
+
+    def sketches(self, sums):
+        """g~ [b, dim] of the sums over all parameters."""
+        return (sums[:, :self.dim] - sums[:, self.dim:]) / self.keep**0.5
 
 
-def prompt_gradients(module, x, delta, b):
-    """Gradients of a layer's parameters for each of b prompts: yields (parameter, float32 [b, *its shape]).
+def prompt_gradients(module, x, delta, rows):
+    """Gradients of a layer's parameters for each of b prompts: yields (parameter, float32 [b, kept rows, ...]).
 
-    x: the layer's input, delta: the gradient at its output, [b * rows, T, ...], the rows of a prompt side by side.
+    x: the layer's input (of an RMSNorm its output), delta: the float32 gradient at its output, [b, tokens of a prompt's
+    trajectories, ...]. rows: parameter -> which rows of its first dimension are wanted.
     """
-    delta = delta.reshape(b, -1, delta.shape[-1]).float()  # [b, rows * T, out]
+    wanted, b = rows(module.weight), len(delta)
     if isinstance(module, nn.Embedding):
-        places = x.reshape(b, -1) + module.num_embeddings * torch.arange(b, device=x.device)[:, None]
+        places = x[..., 0] + module.num_embeddings * torch.arange(b, device=x.device)[:, None]
         weight = delta.new_zeros(b * module.num_embeddings, delta.shape[-1])
         weight = weight.index_add_(0, places.flatten(), delta.flatten(0, 1)).view(b, -1, delta.shape[-1])
         if module.padding_idx is not None:
             weight[:, module.padding_idx] = 0  # as in autograd: looking the padding id up has no gradient
-    elif isinstance(module, (nn.Linear, Conv1D)):
-        x = x.reshape(b, -1, x.shape[-1]).float()  # [b, rows * T, in]
-        weight = delta.mT @ x if isinstance(module, nn.Linear) else x.mT @ delta
-    else:  # a norm is linear in its weight, coordinate by coordinate: its slope is its value at 1 less its value at 0
-        one, zero = (functional_call(module, {"weight": torch.full_like(module.weight, c)}, x) for c in (1, 0))
-        weight = (delta * (one - zero).reshape(delta.shape)).sum(1)
-    yield module.weight, weight
+    elif isinstance(module, nn.Linear):
+        weight, wanted = delta[..., wanted].mT @ x.float(), slice(None)
+    elif isinstance(module, Conv1D):
+        weight, wanted = x[..., wanted].mT.float() @ delta, slice(None)
+    elif isinstance(module, nn.LayerNorm):
+        weight = (delta * F.layer_norm(x, module.normalized_shape, eps=module.eps)).sum(1)
+    else:  # RMSNorm: its output over its weight is the slope
+        weight = (delta * x).sum(1) / module.weight.float()
+    yield module.weight, weight[:, wanted]
     if getattr(module, "bias", None) is not None:
-        yield module.bias, delta.sum(1)
+        yield module.bias, delta.sum(1)[:, rows(module.bias)]
 
 
 class Sketcher:
@@ -194,54 +229,108 @@ class Sketcher:
         self.hooks = [module.register_forward_hook(self.watch) for module in modules if self.fast]
 
     def watch(self, module, inputs, output):
-        x = inputs[0].detach()
+        x = inputs[0].detach() if isinstance(module, KNOWN) else output.detach()
         if not output.requires_grad:  # an embedding's: the graph starts here, since the weights are frozen
             output.requires_grad_()
-            if len(x) == 1:  # of positions, shared by the rows
-                x, output = x.expand(self.rows, *x.shape[1:]), output.expand(self.rows, *output.shape[1:])
-        output.register_hook(lambda delta: self.meet(module, x, delta))
-        return output
+        self.calls.setdefault(module, []).append(None)  # one for the prompts, one for the responses
+        output.register_hook(lambda delta, call=len(self.calls[module]) - 1: self.meet(module, call, x, delta))
 
     @torch.no_grad()
-    def meet(self, module, x, delta):
+    def meet(self, module, call, x, delta):
+        delta = delta.reshape(len(self.sums), -1, delta.shape[-1])  # [b, tokens of a prompt's rows, out]
+        self.calls[module][call] = x.reshape(*delta.shape[:2], -1), delta
+        if None in self.calls[module]:
+            return
         step = max(1, CHUNK // module.weight.numel())  # prompts at a time: as many as CHUNK allows, or one
-        rows = step * self.rows // len(self.sketches)
-        for sketches, x, delta in zip(self.sketches.split(step), x.split(rows), delta.split(rows)):
-            for parameter, gradients in prompt_gradients(module, x, delta, len(sketches)):
-                self.projection.add(self.names[parameter], gradients, sketches)
+        x, delta = (torch.cat(parts, 1).split(step) for parts in zip(*self.calls.pop(module)))
+        for part, sums in enumerate(self.sums.split(step)):
+            for parameter, gradients in prompt_gradients(module, x[part], delta[part].float(), self.wanted):
+                self.projection.add(self.names[parameter], parameter.shape, gradients, sums)
+
+    def wanted(self, parameter):
+        return self.projection.draw(self.names[parameter], parameter.shape)[0]
 
     def __call__(self, prompts, responses, logp_beta, advantages, k, temperature):
-        """prompts: b sequences of token ids; responses (b * rows sequences), logp_beta (b * rows tensors [|tau|]) and
-        advantages [b * rows], prompt-major: `rows` of each prompt's K trajectories. Returns their part of g~, [b, dim]."""
-        self.sketches = torch.zeros(len(prompts), self.projection.dim, device=self.policy.device)
-        self.rows = len(responses)
-        prompts = [p for p in prompts for _ in range(self.rows // len(prompts))]
-        logp, mask = response_logprobs(self.policy, prompts, responses, temperature)
+        """prompts: b sequences of token ids; responses (b * n sequences), logp_beta (b * n tensors [|tau|]) and
+        advantages [b * n], prompt-major: n of each prompt's K trajectories. Returns their part of g~, [b, dim]."""
+        self.sums, self.calls = self.projection.zeros(len(prompts)), {}
+        logp, mask = group_logprobs(self.policy, prompts, responses, temperature)
         beta = torch.zeros_like(logp).masked_scatter_(mask, torch.cat(logp_beta).to(logp))
         surrogate = off_policy_surrogate(logp, beta, advantages.to(logp), mask, k)
         if self.fast:
-            surrogate.backward()  # the hooks fill self.sketches
+            surrogate.backward()  # the hooks fill self.sums
         else:
             gradients = torch.autograd.grad(surrogate, list(self.names), materialize_grads=True)
-            for name, gradient in zip(self.names.values(), gradients):
-                self.projection.add(name, gradient[None].float(), self.sketches)
-        return self.sketches
+            for parameter, gradient in zip(self.names, gradients):
+                kept = gradient[self.wanted(parameter)].float()
+                self.projection.add(self.names[parameter], parameter.shape, kept[None], self.sums)
+        return self.projection.sketches(self.sums)
 
     def close(self):
         for hook in self.hooks:
             hook.remove()
 
 
-def make_sketcher(policy, projection, arguments, prompts):
-    """The fast sketcher where plain autograd confirms it on two trajectories of each of `prompts`, the plain one elsewhere."""
-    plain, tolerance = Sketcher(policy, projection, fast=False), 1e-3 if policy.dtype == torch.float32 else 5e-2
-    truth = torch.cat([plain(*arguments([prompt], 0, 2)) for prompt in prompts])
-    fast = Sketcher(policy, projection)
-    if fast.fast and ((fast(*arguments(prompts, 0, 2)) - truth).norm(dim=1) <= tolerance * truth.norm(dim=1)).all():
-        return fast
+def make_sketcher(policy, projection):
+    """The fast sketcher where plain autograd confirms it on two prompts with two trajectories each, the plain one elsewhere."""
+    rng = torch.Generator().manual_seed(0)
+    made_up = [torch.randint(policy.get_input_embeddings().num_embeddings, (n,), generator=rng) for n in (3, 5, 4, 6, 2, 5)]
+    prompts, responses, advantages = made_up[:2], made_up[2:], torch.tensor([1.0, -1.0, 0.5, 1.0])
+    with torch.no_grad():
+        logp, mask = group_logprobs(policy, prompts, responses, 1.0)
+    beta = [row[here].cpu() for row, here in zip(logp, mask)]  # so that every ratio is 1
+    plain = Sketcher(policy, projection, fast=False)
+    truth = torch.cat([plain(prompts[i:i + 1], *(x[2 * i:2 * i + 2] for x in (responses, beta, advantages)), 2, 1.0)
+                       for i in (0, 1)])
+    fast, tolerance = Sketcher(policy, projection), 1e-3 if policy.dtype == torch.float32 else 5e-2
+    if fast.fast:
+        error = (fast(prompts, responses, beta, advantages, 2, 1.0) - truth).norm(dim=1)
+        if (error <= tolerance * truth.norm(dim=1)).all():  # never where an error is NaN
+            return fast
     fast.close()
-    print("sketch.py: this architecture is sketched by plain autograd, one prompt a pass (slower, exact)", file=sys.stderr)
+    if RANK == 0:
+        print("sketch.py: this architecture is sketched by plain autograd, one prompt a pass (slower, exact)", file=sys.stderr)
     return Sketcher(policy, projection, fast=False)
+
+
+def plan_batches(sizes, k, budget, many):
+    """[(prompts, first trajectory, end, tokens)]: micro-batches of at most `budget` tokens, longest prompts first.
+
+    sizes: {prompt: (its tokens, tokens of its longest response)}. A batch holds all k responses to several prompts; a
+    prompt that is over the budget by itself, or any prompt unless `many`, has batches of its own.
+    """
+    def tokens(batch, rows):
+        own, longest = (max(column) for column in zip(*(sizes[i] for i in batch)))
+        return len(batch) * (own + rows * longest)  # with padding
+
+    plan, batch = [], []
+    for prompt in sorted(sizes, key=lambda i: -tokens([i], k)):
+        if not many or tokens([prompt], k) > budget:
+            own, longest = sizes[prompt]
+            rows = max(1, min(k, (budget - own) // longest))
+            plan += [([prompt], first, min(first + rows, k)) for first in range(0, k, rows)]
+        elif batch and tokens([*batch, prompt], k) <= budget:
+            batch.append(prompt)
+        else:
+            batch = [prompt]
+            plan.append((batch, 0, k))
+    return [(batch, first, end, tokens(batch, end - first)) for batch, first, end in plan]
+
+
+def deal(costs, processes):
+    """Which process does what: the costliest first, each to the least loaded. Returns a list of indices for each process."""
+    shares, loads = [[] for _ in range(processes)], [0] * processes
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += costs[i]
+    return shares
+
+
+def barrier():
+    """Waits for torchrun's other processes."""
+    if WORLD > 1:
+        torch.distributed.barrier()
 
 
 @contextmanager
@@ -253,12 +342,37 @@ def replacing(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "wb")  # a folder raises
+        file = open(path if path.is_dir() else part, "w+b")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:
         yield file
     os.replace(part, path)
+
+
+def unfinished(out, settings):
+    """The folder OUT.parts, where every finished batch leaves a file; emptied if it was made with other settings."""
+    folder, text = out.with_name(out.name + ".parts"), json.dumps(settings)
+    note = folder / "settings.json"
+    if RANK == 0 and not (note.exists() and note.read_text() == text):
+        shutil.rmtree(folder, ignore_errors=True)
+        with replacing(note) as file:
+            file.write(text.encode())
+    barrier()
+    return folder
+
+
+def assemble(file, shape, plan, folder):
+    """The parts of a plan as one .npy, row by row; parts of one prompt add up in the plan's order."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    start, size = file.tell(), 4 * shape[1]
+    file.truncate(start + shape[0] * size)  # zeros
+    for number, (batch, *_) in enumerate(plan):
+        for prompt, row in zip(batch, np.load(folder / f"{number}.npy", allow_pickle=False)):
+            file.seek(start + prompt * size)
+            row = row + np.frombuffer(file.read(size), np.float32)
+            file.seek(start + prompt * size)
+            file.write(row.tobytes())
 
 
 def load_policy(name, device, dtype):
@@ -269,14 +383,29 @@ def load_policy(name, device, dtype):
         fail(name, f"no loadable model ({error})", "a Hugging Face causal language model", "check the folder or hub name")
 
 
+class Ragged:
+    """Sequences in one flat array: number i is flat[offsets[i]:offsets[i + 1]]."""
+
+    def __init__(self, flat, offsets):
+        self.flat, self.offsets = flat, offsets.tolist()
+        if self.offsets[-1] != len(flat):
+            raise ValueError(f"{len(flat)} elements, offsets to {self.offsets[-1]}")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        return self.flat[self.offsets[i]:self.offsets[i + 1]]
+
+
 def load_rollouts(path):
-    """rollouts.pt of collect.py, its ragged arrays also as 1-D tensors: prompts [N], responses and logprobs [N*K]."""
+    """rollouts.pt of collect.py, its flat arrays also as sequences of 1-D tensors: prompts [N], responses, logprobs [N*K]."""
     try:
-        rollouts = torch.load(path, weights_only=True)  # refuses a pickle that would run code
+        rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
         for name, array, offsets in (("prompts", "prompt_tokens", "prompt_offsets"),
                                      ("responses", "response_tokens", "response_offsets"),
                                      ("logprobs", "logprobs", "response_offsets")):
-            rollouts[name] = rollouts[array].split(rollouts[offsets].diff().tolist())  # raises where the sum differs
+            rollouts[name] = Ragged(rollouts[array], rollouts[offsets])
         n, k = rollouts["rewards"].shape
         found = [rollouts["meta"]["format"], *(len(rollouts[name]) for name in ("prompts", "responses", "answers"))]
         if found != [FORMAT, n, n * k, n]:
@@ -291,31 +420,13 @@ def fingerprint(policy):
     """sha256 of the parameters' names and bytes: two sketches may be compared only at the same policy."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
-        digest.update(name.encode() + parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def plan_batches(lengths, k, budget, many):
-    """[(prompts, first trajectory, end)]: micro-batches of at most `budget` tokens, longest first.
-
-    lengths: {prompt: tokens of its longest row}. A batch holds all k rows of several prompts; a prompt whose k rows are over
-    the budget, or any prompt unless `many`, has batches of its own.
-    """
-    plan, batch = [], []
-    for prompt in sorted(lengths, key=lambda i: -lengths[i]):
-        rows = max(1, min(k, budget // lengths[prompt]))
-        if rows < k or not many:
-            plan += [([prompt], first, min(first + rows, k)) for first in range(0, k, rows)]
-        elif batch and (len(batch) + 1) * k * lengths[batch[0]] <= budget:
-            batch.append(prompt)
-        else:
-            batch = [prompt]
-            plan.append((batch, 0, k))
-    return plan
-
-
-def sketch_file(policy, projection, policy_id, path, out, args):
-    """One rollouts.pt to one sketch and its sidecar."""
+def sketch_file(sketcher, path, out, identity, batch_tokens):
+    """One rollouts.pt to one sketch and its sidecar. identity: what the sidecar says of policy and projection."""
     began, rollouts = time.perf_counter(), load_rollouts(path)
     prompts, responses, rewards = rollouts["prompts"], rollouts["responses"], rollouts["rewards"]
     n, k = rewards.shape
@@ -324,42 +435,52 @@ def sketch_file(policy, projection, policy_id, path, out, args):
         fail(path, f"K = {k} and no prompt with unequal rewards", "K >= 2 with right and wrong responses to some prompt",
              "collect more responses, or other prompts")
     advantages = group_advantage(rewards)  # [N, K]
-    lengths = {i: len(prompts[i]) + max(map(len, responses[i * k:(i + 1) * k])) for i in live}
+    longest = rollouts["response_offsets"].diff().view(n, k).amax(1).tolist()
+    plan = plan_batches({i: (len(prompts[i]), longest[i]) for i in live}, k, batch_tokens, sketcher.fast)
+    mine = deal([tokens for *_, tokens in plan], WORLD)[RANK]  # of one plan for all processes
+    with open(path, "rb") as file:
+        settings = {**identity, "rollouts": hashlib.file_digest(file, "sha256").hexdigest(), "batch_tokens": batch_tokens}
 
-    def arguments(batch, first, end):  # of a Sketcher
-        rows = [i * k + j for i in batch for j in range(first, end)]
-        return ([prompts[i] for i in batch], [responses[r] for r in rows], [rollouts["logprobs"][r] for r in rows],
-                advantages[batch, first:end].flatten(), k, rollouts["meta"]["temperature"])
-
-    with replacing(out) as file:
-        sketcher = make_sketcher(policy, projection, arguments, sorted(live, key=lengths.get)[:2])
-        sketches = np.lib.format.open_memmap(file.name, mode="w+", dtype=np.float32, shape=(n, args.dim))  # zeros
-        with tqdm(total=len(live), desc=f"sketch {out.name}", unit="prompt") as progress:
-            for batch, first, end in plan_batches(lengths, k, args.batch_tokens, sketcher.fast):
-                sketches[batch] += sketcher(*arguments(batch, first, end)).cpu().numpy()
-                progress.update(len(batch) * (end == k))
-        sketcher.close()
-        sketches.flush()
-    sidecar = {"format": FORMAT, "policy": policy_id, "seed": args.seed, "keep": args.keep, "dim": args.dim,
-               "projection": args.projection, "prompts": n, "skipped": n - len(live),
-               "tokens": sum(len(responses[i * k + j]) for i in live for j in range(k)),
-               "seconds": round(time.perf_counter() - began, 2)}
+    with replacing(out) if RANK == 0 else nullcontext() as file:
+        folder = unfinished(out, settings)
+        for number in tqdm(mine, desc=f"sketch {out.name}", unit="batch", disable=RANK > 0):
+            batch, first, end, _ = plan[number]
+            part = folder / f"{number}.npy"
+            if not part.exists():
+                rows = [i * k + j for i in batch for j in range(first, end)]
+                sketches = sketcher([prompts[i] for i in batch], [responses[r] for r in rows],
+                                    [rollouts["logprobs"][r] for r in rows], advantages[batch, first:end].flatten(), k,
+                                    rollouts["meta"]["temperature"])
+                with replacing(part) as part_file:
+                    np.save(part_file, sketches.cpu().numpy())
+        barrier()
+        if RANK == 0:
+            assemble(file, (n, identity["dim"]), plan, folder)
+    if RANK > 0:
+        return
+    sidecar = {**identity, "prompts": n, "skipped": n - len(live), "seconds": round(time.perf_counter() - began, 2),
+               "tokens": sum(len(responses[i * k + j]) for i in live for j in range(k))}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
+    shutil.rmtree(folder)
     print(f"{out}: {n} prompts, {n - len(live)} skipped for equal rewards, {sidecar['seconds']} s")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="current policy: a Hugging Face folder or hub name")
-    parser.add_argument("--rollouts", required=True, nargs="+", help="rollouts.pt files")
+    parser.add_argument("--rollouts", required=True, nargs="+", type=Path, help="rollouts.pt files")
     parser.add_argument("--out", required=True, nargs="+", type=Path, help="a sketch .npy for each of --rollouts")
     parser.add_argument("--keep", type=float, default=0.1, help="probability of keeping a coordinate (0.1)")
     parser.add_argument("--dim", type=int, default=32768, help="numbers a sketch (32768)")
+    parser.add_argument("--drop", choices=["coordinates", "rows"], default="coordinates", help="what is drawn: coordinates, or "
+                        "whole rows of each weight: less arithmetic, noisier sketches (coordinates)")
     parser.add_argument("--projection", choices=["sjlt", "rademacher"], default="sjlt", help="kind of P (sjlt)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a micro-batch (8192)")
+    parser.add_argument("--batch-tokens", type=int, default=8192 if torch.cuda.is_available() else 1024,
+                        help="tokens of a micro-batch (8192 on a GPU, 1024 elsewhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32); "
+                        "gradients are summed and projected in float32 either way")
     parser.add_argument("--seed", type=int, default=0, help="of the projection (0)")
     args = parser.parse_args()
     if not 0 < args.keep <= 1 or args.dim < 1 or len(args.rollouts) != len(args.out):
@@ -368,11 +489,17 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     for path in args.rollouts:
         load_rollouts(path)  # what is wrong is said before the work
+    if WORLD > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
     policy = load_policy(args.model, args.device, args.dtype)
-    projection = Projection(args.seed, args.keep, args.dim, args.projection, policy.device)
-    policy_id = fingerprint(policy)
+    identity = {"format": FORMAT, "policy": fingerprint(policy), "seed": args.seed, "keep": args.keep, "dim": args.dim,
+                "drop": args.drop, "projection": args.projection}
+    sketcher = make_sketcher(policy, Projection(args.seed, args.keep, args.dim, args.projection, args.drop, policy.device))
     for path, out in zip(args.rollouts, args.out):
-        sketch_file(policy, projection, policy_id, path, out, args)
+        sketch_file(sketcher, path, out, identity, args.batch_tokens)
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

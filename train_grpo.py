@@ -182,14 +182,29 @@ def verify(response, answer, verifier):
     return float(bool(gold) and math_verify.verify(gold, math_verify.parse(response)))
 
 
+class Ragged:
+    """Sequences in one flat array: number i is flat[offsets[i]:offsets[i + 1]]."""
+
+    def __init__(self, flat, offsets):
+        self.flat, self.offsets = flat, offsets.tolist()
+        if self.offsets[-1] != len(flat):
+            raise ValueError(f"{len(flat)} elements, offsets to {self.offsets[-1]}")
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        return self.flat[self.offsets[i]:self.offsets[i + 1]]
+
+
 def load_rollouts(path):
-    """rollouts.pt of collect.py, its ragged arrays also as 1-D tensors: prompts [N], responses and logprobs [N*K]."""
+    """rollouts.pt of collect.py, its flat arrays also as sequences of 1-D tensors: prompts [N], responses, logprobs [N*K]."""
     try:
-        rollouts = torch.load(path, weights_only=True)  # refuses a pickle that would run code
+        rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
         for name, array, offsets in (("prompts", "prompt_tokens", "prompt_offsets"),
                                      ("responses", "response_tokens", "response_offsets"),
                                      ("logprobs", "logprobs", "response_offsets")):
-            rollouts[name] = rollouts[array].split(rollouts[offsets].diff().tolist())  # raises where the sum differs
+            rollouts[name] = Ragged(rollouts[array], rollouts[offsets])
         n, k = rollouts["rewards"].shape
         found = [rollouts["meta"]["format"], *(len(rollouts[name]) for name in ("prompts", "responses", "answers"))]
         if found != [FORMAT, n, n * k, n]:

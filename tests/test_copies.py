@@ -10,10 +10,10 @@ STAGES = ["collect.py", "sketch.py", "score.py", "train_grpo.py"]
 
 
 def functions(script):
-    """{name: source} of a script's top-level functions, main aside."""
+    """{name: source} of a script's top-level functions and classes, main aside."""
     text = (ROOT / script).read_text()
     return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body
-            if isinstance(node, ast.FunctionDef) and node.name != "main"}
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name != "main"}
 
 
 @pytest.mark.parametrize("one, other", list(combinations([*STAGES, "plot.py"], 2)))
@@ -27,8 +27,10 @@ def test_copies_are_equal(one, other):
 def test_shared_functions_are_shared():
     """The copies that must exist, so that a renamed one does not slip out of the test above."""
     shared = {"sample": ("collect.py", "train_grpo.py"), "verify": ("collect.py", "train_grpo.py"),
-              "stream_seed": ("collect.py", "train_grpo.py"), "response_logprobs": ("sketch.py", "train_grpo.py"),
-              "group_advantage": ("sketch.py", "train_grpo.py"), "load_rollouts": ("sketch.py", "score.py", "train_grpo.py")}
+              "stream_seed": ("collect.py", "train_grpo.py"), "group_advantage": ("sketch.py", "train_grpo.py"),
+              "load_rollouts": ("sketch.py", "score.py", "train_grpo.py"), "Ragged": ("sketch.py", "score.py", "train_grpo.py"),
+              "replacing": ("collect.py", "sketch.py", "score.py"), "deal": ("collect.py", "sketch.py"),
+              "unfinished": ("collect.py", "sketch.py"), "fingerprint": ("collect.py", "sketch.py")}
     for name, scripts in shared.items():
         assert all(name in functions(script) for script in scripts)
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from conftest import tiny_qwen
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.pytorch_utils import Conv1D
 
 import sketch
 
@@ -19,12 +22,21 @@ class Whole:
             self.starts[name] = self.dim
             self.dim += parameter.numel()
 
-    def add(self, name, gradients, sketches):
+    def draw(self, name, shape):
+        return slice(None), None, None
+
+    def zeros(self, b):
+        return torch.zeros(b, self.dim)
+
+    def add(self, name, shape, gradients, sums):
         gradients = gradients.flatten(1)
-        sketches[:, self.starts[name]:self.starts[name] + gradients.shape[1]] += gradients
+        sums[:, self.starts[name]:self.starts[name] + gradients.shape[1]] += gradients
+
+    def sketches(self, sums):
+        return sums
 
 
-class HiddenHead(torch.nn.Module):
+class HiddenHead(nn.Module):
     """A language-model head that reads the embedding's weight behind the back of every layer."""
 
     def __init__(self, embedding):
@@ -32,7 +44,7 @@ class HiddenHead(torch.nn.Module):
         self.weight = lambda: embedding.weight
 
     def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight())
+        return nn.functional.linear(x, self.weight())
 
 
 def rollouts(n=5, vocab=29, seed=3):
@@ -133,7 +145,7 @@ def test_every_architecture_is_exact(name, capsys):
         for parameter in policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     prompts, responses, beta, rewards = rollouts()
-    sketcher = sketch.make_sketcher(policy, Whole(policy), arguments, [0, 1])
+    sketcher = sketch.make_sketcher(policy, Whole(policy))
     assert sketcher.fast == (name in ("llama", "qwen3", "gpt2", "gpt_neox"))
     found = sketcher(*arguments([0, 1, 2] if sketcher.fast else [2]))
     policy.double().requires_grad_(True)
@@ -145,10 +157,10 @@ def test_every_architecture_is_exact(name, capsys):
 def test_weight_used_outside_its_layer_is_noticed():
     """Layers of known types alone do not make the batched gradients right: they are compared before they are trusted."""
     policy = tiny_qwen(tied=True)
-    assert sketch.make_sketcher(policy, Whole(policy), arguments, [0, 1]).fast
+    assert sketch.make_sketcher(policy, Whole(policy)).fast
     policy = tiny_qwen(tied=True)
     policy.lm_head = HiddenHead(policy.model.embed_tokens)
-    assert not sketch.make_sketcher(policy, Whole(policy), arguments, [0, 1]).fast
+    assert not sketch.make_sketcher(policy, Whole(policy)).fast
 
 
 def test_surrogate_counts_tokens_of_each_trajectory():
@@ -157,3 +169,94 @@ def test_surrogate_counts_tokens_of_each_trajectory():
     beta = torch.tensor([[-0.6931472, 0.0], [0.0, 0.0]])
     mask = torch.tensor([[True, True], [True, False]])
     assert sketch.off_policy_surrogate(logp, beta, torch.tensor([1.0, -1.0]), mask, 2).item() == pytest.approx(0.25)
+
+
+def module_cases():
+    torch.manual_seed(1)
+    x = torch.randn(6, 5, 8)  # 3 prompts with 2 trajectories of 5 tokens
+    ids = torch.randint(7, (6, 5))
+    cases = {"linear": (nn.Linear(8, 4), x), "linear without bias": (nn.Linear(8, 4, bias=False), x),
+             "Conv1D": (Conv1D(4, 8), x), "LayerNorm": (nn.LayerNorm(8), x),
+             "LayerNorm without bias": (nn.LayerNorm(8, bias=False), x),
+             "RMSNorm": (nn.RMSNorm(8), x), "RMSNorm of Qwen2": (Qwen2RMSNorm(8), x),
+             "RMSNorm of heads": (Qwen2RMSNorm(4), x.view(6, 5, 2, 4)), "embedding": (nn.Embedding(7, 4), ids),
+             "embedding with a padding id": (nn.Embedding(7, 4, padding_idx=2), ids)}
+    for module, _ in cases.values():
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+    return cases
+
+
+@pytest.mark.parametrize("some_rows", [False, True], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("name", module_cases())
+def test_batched_gradients_are_the_looped_ones(name, some_rows):
+    """prompt_gradients against a backward pass a prompt through the module itself, in float64."""
+    module, x = module_cases()[name]
+    wanted = {p: torch.arange(len(p))[::2] if some_rows else slice(None) for p in module.parameters()}
+    output = module(x)
+    delta = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    flat = delta.reshape(3, -1, delta.shape[-1])
+    seen = output.detach() if type(module).__name__.endswith("RMSNorm") else x
+    with torch.no_grad():
+        found = dict(sketch.prompt_gradients(module, seen.reshape(*flat.shape[:2], -1), flat, wanted.get))
+    assert found.keys() == wanted.keys()
+    module.double()
+    x = x.double() if x.is_floating_point() else x
+    for prompt in range(3):
+        rows = slice(2 * prompt, 2 * prompt + 2)
+        module.zero_grad()
+        module(x[rows]).backward(delta[rows].double())
+        for parameter, gradients in found.items():
+            torch.testing.assert_close(gradients[prompt].double(), parameter.grad[wanted[parameter]], rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_layer_means_plain_autograd(capsys):
+    """A subclass may compute anything: only the very types that prompt_gradients knows are batched."""
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    policy = tiny_qwen(tied=False)
+    scaled = Scaled(16, 29, bias=False)
+    scaled.weight = policy.lm_head.weight
+    policy.lm_head = scaled
+    assert not sketch.make_sketcher(policy, Whole(policy)).fast and "plain autograd" in capsys.readouterr().err
+    prompts, responses, beta, rewards = rollouts()
+    found = sketch.Sketcher(policy, Whole(policy), fast=False)(*arguments([2]))
+    truth = naive_gradient(policy.double(), prompts[2], responses[2 * K:3 * K], beta[2 * K:3 * K], rewards[2].tolist())
+    assert relative_error(found[0], truth) <= 1e-5
+
+
+@pytest.mark.parametrize("kind, drop", [("sjlt", "coordinates"), ("sjlt", "rows"), ("rademacher", "rows")])
+def test_sketch_is_the_projection_of_the_true_gradient(policy_and_truth, kind, drop):
+    """What the hooks put together, layer by layer, is P drop(g) of the equation's g."""
+    policy, truth = policy_and_truth
+    projection = sketch.Projection(5, 0.3, 64, kind, drop, "cpu")
+    sums = projection.zeros(5)
+    start = 0
+    for name, parameter in policy.named_parameters():
+        gradients = truth[:, start:start + parameter.numel()].view(5, *parameter.shape).float()
+        projection.add(name, parameter.shape, gradients[:, projection.draw(name, parameter.shape)[0]], sums)
+        start += parameter.numel()
+    expected = projection.sketches(sums)
+    fast, plain = sketch.Sketcher(policy, projection), sketch.Sketcher(policy, projection, fast=False)
+    policy.requires_grad_(False)
+    assert relative_error(fast(*arguments([0, 1, 2, 3, 4])), expected) <= 1e-5
+    fast.close()
+    policy.requires_grad_(True)
+    assert relative_error(torch.cat([plain(*arguments([i])) for i in range(5)]), expected) <= 1e-5
+
+
+def test_bfloat16_policy_has_float32_gradients():
+    """Layer by layer, products and sums over tokens are float32: exact to float32 from the bfloat16 inputs."""
+    torch.manual_seed(0)
+    module = nn.Linear(8, 4, bias=False).bfloat16()
+    x, delta = torch.randn(2, 5000, 8).bfloat16(), torch.randn(2, 5000, 4).bfloat16()
+    with torch.no_grad():
+        (_, found), = sketch.prompt_gradients(module, x, delta.float(), lambda parameter: slice(None))
+    assert found.dtype == torch.float32
+    assert relative_error(found.flatten(1), (delta.double().mT @ x.double()).flatten(1)) <= 1e-6
+    policy = tiny_qwen(tied=True)
+    exact = gradients(policy, [0, 1, 2, 3, 4])
+    found = gradients(tiny_qwen(tied=True).bfloat16(), [0, 1, 2, 3, 4])
+    assert found.dtype == torch.float32 and (torch.cosine_similarity(found, exact) > 0.99).all()

@@ -108,7 +108,8 @@ def commands(run, world, out):
                      "--k", 6, "--verifier", "exact", "--max-new-tokens", 10],
                     {out / "train.pt": rollouts / "train.pt"}),
         "sketch": (["sketch.py", "--model", run / "cropi/phase-0/policy", "--rollouts", rollouts / "train.pt",
-                    rollouts / "val_sort.pt", "--out", out / "train.npy", out / "val.npy", "--dim", 256],
+                    rollouts / "val_sort.pt", "--out", out / "train.npy", out / "val.npy", "--dim", 256,
+                    "--batch-tokens", 128],
                    {out / "train.npy": phase / "train.npy", out / "val.npy": phase / "val_sort.npy",
                     out / "train.json": phase / "train.json"}),
         "score": (["score.py", "--train", phase / "train.npy", "--val", phase / "val_sort.npy", phase / "val_dbl.npy",
@@ -118,7 +119,7 @@ def commands(run, world, out):
                         rollouts / "train.pt", "--select", phase / "selected.npy", "--eval", rollouts / "targeted.pt",
                         rollouts / "untargeted.pt", "--optimizer", run / "cropi/phase-0/policy/optimizer.pt", "--out",
                         out / "policy", "--steps", 3, "--batch-size", 4, "--group", 4, "--lr", "1e-3", "--eval-every", 2,
-                        "--eval-samples", 2, "--save-every", 1],
+                        "--eval-samples", 2, "--save-every", 1, "--batch-tokens", 128],
                        {out / "policy" / name: phase / "policy" / name
                         for name in ("model.safetensors", "config.json", "tokenizer.json", "optimizer.pt", "metrics.jsonl")})}
 
@@ -129,7 +130,7 @@ def test_killed_stage_ends_with_the_same_bytes(micro_run, world, tmp_path, stage
     arguments, files = commands(micro_run[0], world, tmp_path)[stage]
     command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
     began = time.monotonic()
-    reached = {"train_grpo": tmp_path / "policy.part/checkpoint.pt", "sketch": tmp_path / "train.npy"}.get(stage)
+    reached = {"train_grpo": tmp_path / "policy.part/checkpoint.pt", "sketch": tmp_path / "train.npy.parts/2.npy"}.get(stage)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if reached:  # first in the middle of the work
         while not reached.exists():
@@ -149,4 +150,4 @@ def test_killed_stage_ends_with_the_same_bytes(micro_run, world, tmp_path, stage
     assert done.returncode == 0, done.stderr
     for made, undisturbed in files.items():
         assert without_seconds(made) == without_seconds(undisturbed), made.name
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part*"))

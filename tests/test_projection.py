@@ -14,13 +14,14 @@ from sketch import Projection, kept_coordinates
 SHAPES = {"a.weight": (40, 30), "b.bias": (17,), "c.weight": (100,)}
 
 
-def project(gradients, seed=0, keep=0.3, dim=64, kind="sjlt"):
+def project(gradients, seed=0, keep=0.3, dim=64, kind="sjlt", drop="coordinates"):
     """Sketches [B, dim] of {name: [B, *shape]}."""
-    projection = Projection(seed, keep, dim, kind, "cpu")
-    sketches = torch.zeros(len(next(iter(gradients.values()))), dim)
+    projection = Projection(seed, keep, dim, kind, drop, "cpu")
+    sums = projection.zeros(len(next(iter(gradients.values()))))
     for name, gradient in gradients.items():
-        projection.add(name, gradient, sketches)
-    return sketches
+        shape = gradient.shape[1:]
+        projection.add(name, shape, gradient[:, projection.draw(name, shape)[0]], sums)
+    return projection.sketches(sums)
 
 
 def random_gradients(b, seed):
@@ -50,7 +51,7 @@ def test_same_in_another_process(kind, tmp_path):
 def test_same_on_a_reloaded_model(tmp_path):
     policy = tiny_qwen(tied=True)
     policy.save_pretrained(tmp_path)
-    one, other = (sketch.Sketcher(model, Projection(0, 0.3, 64, "sjlt", "cpu"))(*arguments([0, 1, 2]))
+    one, other = (sketch.Sketcher(model, Projection(0, 0.3, 64, "sjlt", "coordinates", "cpu"))(*arguments([0, 1, 2]))
                   for model in (policy, sketch.load_policy(tmp_path, "cpu", "float32")))
     assert torch.equal(one, other) and one.abs().sum() > 0
 
@@ -74,6 +75,24 @@ def test_inner_products_unbiased_with_the_variance_of_theory(kind, keep):
     assert float(found.var()) == pytest.approx(variance, rel=4 * (2 / seeds) ** 0.5)
 
 
+def test_rows_are_kept_whole_and_unbiased():
+    """drop=rows: inner products right on average over seeds; a dropped row leaves no trace."""
+    x, y = random_gradients(1, 5), random_gradients(1, 6)
+    pair = {name: torch.cat([x[name], 0.5 * x[name] + y[name]]) for name in SHAPES}
+    truth = sum(float((g[0].double() * g[1].double()).sum()) for g in pair.values())
+    found = []
+    for seed in range(600):
+        sketches = project(pair, seed, 0.3, 64, drop="rows").double()
+        found.append(sketches[0] @ sketches[1])
+    found = torch.stack(found)
+    assert abs(found.mean() - truth) <= 3 * found.std() / 600**0.5 and found.std() < 2 * abs(truth)
+    rows, kept, places = Projection(3, 0.3, 64, "sjlt", "rows", "cpu").draw("a.weight", torch.Size((40, 30)))
+    assert 0 < len(rows) < 40 and len(places) == 30 * len(rows) and kept == slice(None)
+    dropped = {name: torch.zeros(1, *shape) for name, shape in SHAPES.items()}
+    dropped["a.weight"][0, [i for i in range(40) if i not in rows]] = 1
+    assert project(dropped, 3, drop="rows").abs().sum() == 0 and project(x, 3, drop="rows").abs().sum() > 0
+
+
 def test_kept_coordinates_are_bernoulli():
     """Rate, range, order and independence of neighbours, over a million coordinates at three rates."""
     for keep in (0.1, 0.01, 0.7):
@@ -90,10 +109,10 @@ def test_masks_cover_every_kind_of_parameter():
     policy = tiny_qwen(tied=True)
     kinds = {"embed": [0, 0], "attn": [0, 0], "mlp": [0, 0], "norm": [0, 0]}
     for seed in range(20):
-        projection = Projection(seed, 0.1, 8, "sjlt", "cpu")
+        projection = Projection(seed, 0.1, 8, "sjlt", "coordinates", "cpu")
         for name, parameter in policy.named_parameters():
             kind = next(kind for kind in ("norm", "attn", "mlp", "embed") if kind in name)
-            kinds[kind][0] += len(projection.draw(name, parameter.numel())[0])
+            kinds[kind][0] += len(projection.draw(name, parameter.shape)[1])
             kinds[kind][1] += parameter.numel()
     for kept, total in kinds.values():
         assert total > 1000 and abs(kept - 0.1 * total) <= 4 * (0.09 * total) ** 0.5

@@ -14,7 +14,7 @@ import score
 def write_sketch(path, array, **changes):
     np.save(path, np.asarray(array, dtype=np.float32))
     sidecar = {"format": 1, "policy": "p", "seed": 0, "keep": 0.1, "dim": array.shape[1], "projection": "sjlt",
-               "prompts": len(array)}
+               "drop": "coordinates", "prompts": len(array)}
     path.with_suffix(".json").write_text(json.dumps({**sidecar, **changes}))
     return path
 
@@ -23,7 +23,8 @@ def test_popi_is_the_cosine_with_the_mean_gradient():
     rng = np.random.default_rng(0)
     train, val = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(2, 4, 5)).astype(np.float32)
     train[3] = 0
-    found = score.popi(train, val.mean(1))
+    rows = torch.from_numpy(train)
+    found = score.popi(rows, rows.norm(dim=1, keepdim=True), torch.from_numpy(val.mean(1)))
     for i in range(7):
         for v in range(2):
             mean = [sum(val[v, s, d] for s in range(4)) / 4 for d in range(5)]
