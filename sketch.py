@@ -96,13 +96,15 @@ def group_logprobs(policy, prompts, responses, temperature):
     targets = pad([torch.as_tensor(r).long() for r in responses], batch_first=True).to(device)  # [b * n, R]
     steps = torch.arange(targets.shape[1], device=device)
     mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]
-    cache.batch_repeat_interleave(n)
-    inputs = targets[:, :max(1, len(steps) - 1)]  # the last token predicts nothing
-    seen = torch.cat([seen.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
-    then = policy(inputs, attention_mask=seen, position_ids=lengths.repeat_interleave(n, 0) + steps[:inputs.shape[1]],
-                  past_key_values=cache).logits[:, :len(steps) - 1]
-    logp = [-F.cross_entropy(logits.float().div(temperature).flatten(0, 1), tokens.flatten(), reduction="none")
-            .view(tokens.shape) for logits, tokens in ((first.repeat_interleave(n, 0), targets[:, :1]), (then, targets[:, 1:]))]
+    logits = [first.repeat_interleave(n, 0)]  # the prompt's last token predicts the first token of each response
+    if len(steps) > 1:
+        cache.batch_repeat_interleave(n)
+        inputs = targets[:, :-1]
+        seen = torch.cat([seen.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
+        logits.append(policy(inputs, attention_mask=seen, position_ids=lengths.repeat_interleave(n, 0) + steps[:-1],
+                             past_key_values=cache).logits)  # [b * n, R - 1, V]
+    logp = [-F.cross_entropy(some.float().div(temperature).flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+            for some, tokens in zip(logits, (targets[:, :1], targets[:, 1:]))]
     return torch.cat(logp, 1).masked_fill(~mask, 0), mask
 
 
@@ -165,7 +167,8 @@ class Projection:
                 rows, kept = everything, kept_coordinates(numel, self.keep, generator)
                 count = len(kept)
             places = torch.randint(2 * self.dim, (count,), generator=generator)  # the upper half is subtracted
-            self.drawn[name] = [x if x is everything else x.int().to(self.device) for x in (rows, kept, places)]
+            dtype = torch.int32 if numel < 2**31 else torch.int64
+            self.drawn[name] = [x if x is everything else x.to(self.device, dtype) for x in (rows, kept, places)]
         return self.drawn[name]
 
     def zeros(self, b):
@@ -294,27 +297,24 @@ def make_sketcher(policy, projection):
 
 
 def plan_batches(sizes, k, budget, many):
-    """[(prompts, first trajectory, end, tokens)]: micro-batches of at most `budget` tokens, longest prompts first.
+    """[(prompts, rows, tokens)]: micro-batches of at most `budget` tokens, longest prompts first; tokens: what all of it costs.
 
-    sizes: {prompt: (its tokens, tokens of its longest response)}. A batch holds all k responses to several prompts; a
-    prompt that is over the budget by itself, or any prompt unless `many`, has batches of its own.
+    sizes: {prompt: (its tokens, tokens of its longest response)}. A batch holds all k responses to several prompts (rows = k);
+    a prompt that is over the budget by itself, or any prompt unless `many`, stands alone with `rows` responses at a time.
     """
     def tokens(batch, rows):
         own, longest = (max(column) for column in zip(*(sizes[i] for i in batch)))
         return len(batch) * (own + rows * longest)  # with padding
 
-    plan, batch = [], []
+    plan = []
     for prompt in sorted(sizes, key=lambda i: -tokens([i], k)):
-        if not many or tokens([prompt], k) > budget:
-            own, longest = sizes[prompt]
-            rows = max(1, min(k, (budget - own) // longest))
-            plan += [([prompt], first, min(first + rows, k)) for first in range(0, k, rows)]
-        elif batch and tokens([*batch, prompt], k) <= budget:
-            batch.append(prompt)
+        own, longest = sizes[prompt]
+        rows = max(1, min(k, (budget - own) // longest))
+        if many and plan and rows == plan[-1][1] == k and tokens([*plan[-1][0], prompt], k) <= budget:
+            plan[-1][0].append(prompt)
         else:
-            batch = [prompt]
-            plan.append((batch, 0, k))
-    return [(batch, first, end, tokens(batch, end - first)) for batch, first, end in plan]
+            plan.append(([prompt], rows))
+    return [(batch, rows, tokens(batch, k)) for batch, rows in plan]
 
 
 def deal(costs, processes):
@@ -363,15 +363,13 @@ def unfinished(out, settings):
 
 
 def assemble(file, shape, plan, folder):
-    """The parts of a plan as one .npy, row by row; parts of one prompt add up in the plan's order."""
+    """The parts of a plan as one .npy, row by row; the other rows are zero."""
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    start, size = file.tell(), 4 * shape[1]
-    file.truncate(start + shape[0] * size)  # zeros
+    start = file.tell()
+    file.truncate(start + shape[0] * shape[1] * 4)
     for number, (batch, *_) in enumerate(plan):
         for prompt, row in zip(batch, np.load(folder / f"{number}.npy", allow_pickle=False)):
-            file.seek(start + prompt * size)
-            row = row + np.frombuffer(file.read(size), np.float32)
-            file.seek(start + prompt * size)
+            file.seek(start + prompt * row.nbytes)
             file.write(row.tobytes())
 
 
@@ -434,25 +432,27 @@ def sketch_file(sketcher, path, out, identity, batch_tokens):
     if not live:
         fail(path, f"K = {k} and no prompt with unequal rewards", "K >= 2 with right and wrong responses to some prompt",
              "collect more responses, or other prompts")
-    advantages = group_advantage(rewards)  # [N, K]
+    advantages = group_advantage(rewards).flatten()  # [N * K]
     longest = rollouts["response_offsets"].diff().view(n, k).amax(1).tolist()
     plan = plan_batches({i: (len(prompts[i]), longest[i]) for i in live}, k, batch_tokens, sketcher.fast)
     mine = deal([tokens for *_, tokens in plan], WORLD)[RANK]  # of one plan for all processes
+    def sketch_rows(batch, first, end):
+        rows = [i * k + j for i in batch for j in range(first, end)]
+        return sketcher([prompts[i] for i in batch], [responses[r] for r in rows], [rollouts["logprobs"][r] for r in rows],
+                        advantages[rows], k, rollouts["meta"]["temperature"])
+
     with open(path, "rb") as file:
         settings = {**identity, "rollouts": hashlib.file_digest(file, "sha256").hexdigest(), "batch_tokens": batch_tokens}
 
     with replacing(out) if RANK == 0 else nullcontext() as file:
         folder = unfinished(out, settings)
         for number in tqdm(mine, desc=f"sketch {out.name}", unit="batch", disable=RANK > 0):
-            batch, first, end, _ = plan[number]
+            batch, rows, _ = plan[number]
             part = folder / f"{number}.npy"
             if not part.exists():
-                rows = [i * k + j for i in batch for j in range(first, end)]
-                sketches = sketcher([prompts[i] for i in batch], [responses[r] for r in rows],
-                                    [rollouts["logprobs"][r] for r in rows], advantages[batch, first:end].flatten(), k,
-                                    rollouts["meta"]["temperature"])
+                found = sum(sketch_rows(batch, first, min(first + rows, k)) for first in range(0, k, rows))
                 with replacing(part) as part_file:
-                    np.save(part_file, sketches.cpu().numpy())
+                    np.save(part_file, found.cpu().numpy())
         barrier()
         if RANK == 0:
             assemble(file, (n, identity["dim"]), plan, folder)
@@ -476,8 +476,8 @@ def main():
     parser.add_argument("--drop", choices=["coordinates", "rows"], default="coordinates", help="what is drawn: coordinates, or "
                         "whole rows of each weight: less arithmetic, noisier sketches (coordinates)")
     parser.add_argument("--projection", choices=["sjlt", "rademacher"], default="sjlt", help="kind of P (sjlt)")
-    parser.add_argument("--batch-tokens", type=int, default=8192 if torch.cuda.is_available() else 1024,
-                        help="tokens of a micro-batch (8192 on a GPU, 1024 elsewhere)")
+    parser.add_argument("--batch-tokens", type=int, default=8192 if torch.cuda.is_available() else 512,
+                        help="tokens of a micro-batch (8192 on a GPU, 512 elsewhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32); "
                         "gradients are summed and projected in float32 either way")

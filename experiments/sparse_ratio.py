@@ -1,0 +1,279 @@
+"""Precision of the sketch: does the ranking by sketches find the top 10% that the ranking by full gradients finds?
+
+For each share `keep` of coordinates and each projection: the overlap between the top 10% by cosine of sketches with a
+validation set's mean and the top 10% by cosine of full float32 gradients, among prompts with a gradient; mean over the
+validation sets, then mean and spread over seeds of the projection. 1 is perfect, 0.1 chance. Beside it the correlation of
+the two cosines. All gradients are those of sketch.py's Sketcher at the base policy.
+
+sjlt, rows    sketch.py's own Projection, --drop coordinates and --drop rows.
+rademacher    sketch.py's dense Projection, where kept coordinates x dim stay below --dense-numbers.
+gaussian      a dense Gaussian projection at every keep, drawn from its exact law: the sketches of gradients G [n, kept] are
+              distributed as C Z / sqrt(dim) with C C^T = G G^T and Z [n, dim] standard normal, so that no matrix is needed.
+32-bit        an imitation (toy only): sjlt of gradients that were read wrongly. TRAK's CUDA kernel multiplies row by features
+              in uint32; a batch of 16 gradients overflows where 16 x kept > 2^32: for 1.54e9 parameters at keep > 0.17.
+              Here element (row, j) of a batch of 16 is read at (row x kept + j) mod L, L = 2^32 scaled by the parameters.
+bfloat16      sjlt of a bfloat16 policy's gradients against the full float32 gradients of the float32 policy, keep 0.1 (toy).
+
+    python experiments/sparse_ratio.py toy                 after run_cropi.sh
+    python experiments/sparse_ratio.py smollm2 --seeds 3   after experiments/smollm2.py; about 35 GB on disk meanwhile
+    python experiments/sparse_ratio.py plot                the figure anew from the numbers
+
+Writes experiments/results/sparse_ratio_WORLD.json and experiments/results/sparse_ratio.png.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments/results"
+sys.path.insert(0, str(ROOT))
+import sketch
+
+KEEPS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.15, 0.3, 1.0)
+WORLDS = {"toy": ("toy-world/base", "toy/rollouts/train.pt", "toy/rollouts/val_sort.pt", "toy/rollouts/val_dbl.pt"),
+          "smollm2": ("smollm2/base", "smollm2/train.pt", "smollm2/val.pt")}  # below runs/
+PAPER = {0.1: 0.70, 0.15: 0.77, 1.0: 0.14}  # read off the paper's figure for Qwen2.5-1.5B, dim 32768
+
+
+class Whole:
+    """In the place of a Projection: the sketch is the gradient, parameter after parameter."""
+
+    def __init__(self, policy):
+        self.device, self.starts, self.dim = policy.device, {}, 0
+        for name, parameter in policy.named_parameters():
+            self.starts[name] = self.dim
+            self.dim += parameter.numel()
+
+    def draw(self, name, shape):
+        return slice(None), None, None
+
+    def zeros(self, b):
+        return torch.zeros(b, self.dim)
+
+    def add(self, name, shape, gradients, sums):
+        gradients = gradients.flatten(1)
+        sums[:, self.starts[name]:self.starts[name] + gradients.shape[1]] += gradients
+
+    def sketches(self, sums):
+        return sums
+
+
+def live_prompts(path, limit):
+    """At most `limit` prompts with a gradient, in order."""
+    live = (sketch.load_rollouts(path)["rewards"].std(1) > 0).nonzero()[:, 0]
+    return live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:limit]].sort().values.tolist()
+
+
+def on_disk(file, *shape):
+    return np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+
+
+def full_gradients(policy, path, live, found, batch_tokens=1024):
+    """found [n, parameters] = the gradients of the prompts `live`."""
+    rollouts = sketch.load_rollouts(path)
+    prompts, responses, advantages = rollouts["prompts"], rollouts["responses"], sketch.group_advantage(rollouts["rewards"])
+    k = rollouts["meta"]["k"]
+    longest = rollouts["response_offsets"].diff().view(-1, k).amax(1).tolist()
+    sketcher = sketch.Sketcher(policy, Whole(policy))
+    assert sketcher.fast
+    plan = sketch.plan_batches({i: (len(prompts[i]), longest[i]) for i in live}, k, batch_tokens, True)
+    for batch, at_once, _ in tqdm(plan, desc=f"gradients of {path.name}", unit="batch"):
+        for first in range(0, k, at_once):
+            rows = [i * k + j for i in batch for j in range(first, min(first + at_once, k))]
+            found[[live.index(i) for i in batch]] += sketcher(
+                [prompts[i] for i in batch], [responses[r] for r in rows], [rollouts["logprobs"][r] for r in rows],
+                advantages.flatten()[rows], k, rollouts["meta"]["temperature"]).numpy()
+    sketcher.close()
+    return found
+
+
+def mean_gradient(policy, path, live, size=8):
+    """Of many prompts, a few at a time: float64 [parameters]."""
+    total = 0
+    for start in range(0, len(live), size):
+        some = live[start:start + size]
+        found = full_gradients(policy, path, some, np.zeros((len(some), Whole(policy).dim), np.float32))
+        total = total + found.sum(0, dtype=np.float64)
+    return total / len(live)
+
+
+def cosines(train, means):
+    """[n, V] of train [n, D] and validation means [V, D], in blocks of columns, in float64."""
+    dots, squares, norms = 0, 0, 0
+    for start in range(0, train.shape[1], 2**22):
+        block, mean = (torch.from_numpy(np.asarray(x[:, start:start + 2**22])).double() for x in (train, means))
+        dots, squares, norms = dots + block @ mean.T, squares + (block**2).sum(1), norms + (mean**2).sum(1)
+    return dots / (squares[:, None] * norms).sqrt()
+
+
+def agreement(found, exact):
+    """Top-10% overlap and correlation between two [n, V] of cosines, means over the V validation sets."""
+    n = len(exact) // 10
+    top = lambda column: set(torch.argsort(column, descending=True, stable=True)[:n].tolist())  # noqa: E731
+    overlap = np.mean([len(top(a) & top(b)) / n for a, b in zip(found.T, exact.T)])
+    finite = found.nan_to_num()
+    return float(overlap), float(np.mean([np.corrcoef(a, b)[0, 1] if a.std() > 0 else 0 for a, b in zip(finite.T, exact.T)]))
+
+
+def sketch_cosines(sketches, n):
+    """Of sketches [n + V, dim], the last V those of the validation means: [n, V]; NaN where a sketch is zero."""
+    units = sketches.double() / sketches.double().norm(dim=1, keepdim=True)
+    return units[:n] @ units[n:].T
+
+
+def curves(policy, rows, n, seeds, dim, dense_numbers):
+    """{(projection, keep, seed): cosines [n, V]} from sketches of rows [n + V, D], the last V the validation means."""
+    shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
+    starts, total = Whole(policy).starts, rows.shape[1]
+    cells = [(kind, keep, seed) for kind in ("sjlt", "rows", "rademacher", "gaussian") for keep in KEEPS for seed in seeds
+             if kind != "rademacher" or keep * total * dim <= dense_numbers]
+    grams = {cell: torch.zeros(len(rows), len(rows), dtype=torch.float64) for cell in cells if cell[0] == "gaussian"}
+    projections = {(kind, keep, seed): sketch.Projection(seed, keep, dim, "rademacher" if kind == "rademacher" else "sjlt",
+                                                         "rows" if kind == "rows" else "coordinates", "cpu")
+                   for kind, keep, seed in cells}
+    sums = {cell: projections[cell].zeros(len(rows)) for cell in cells if cell[0] != "gaussian"}
+    with tqdm(total=len(shapes) * len(cells), desc="projections", unit="parameter") as progress:
+        for name, shape in shapes.items():  # one parameter of all prompts in memory at a time
+            block = torch.from_numpy(np.ascontiguousarray(rows[:, starts[name]:starts[name] + shape.numel()]))
+            block = block.view(len(rows), *shape)
+            for cell in cells:
+                projection = projections[cell]
+                wanted, kept, _ = projection.draw(name, shape)
+                if cell[0] == "gaussian":
+                    for some in kept.split(2**20):
+                        part = block.flatten(1).index_select(1, some)
+                        grams[cell] += (part @ part.T).double()
+                else:
+                    for some, its_sums in zip(block.split(8), sums[cell].split(8)):
+                        projection.add(name, shape, some[:, wanted], its_sums)
+                projection.drawn.clear()
+                progress.update()
+    found = {}
+    for cell in cells:
+        if cell[0] == "gaussian":
+            values, vectors = torch.linalg.eigh(grams[cell])
+            z = torch.randn(len(rows), dim, generator=torch.Generator().manual_seed(cell[2]), dtype=torch.float64)
+            sketches = vectors * values.clamp(min=0).sqrt() @ z
+        else:
+            sketches = projections[cell].sketches(sums[cell])
+        found[cell] = sketch_cosines(sketches, n)
+    return found
+
+
+def misread(gradients, kept, total, batch=16):
+    """Gradients [n, total] at the kept coordinates, as an index of too few bits would read them, in batches of 16 rows."""
+    wrap = int(2**32 * total / 1.54e9)
+    found = []
+    for rows in gradients.split(batch):
+        flat = rows.index_select(1, kept).flatten()
+        found.append(flat[torch.arange(len(flat)) % wrap].view(len(rows), -1))
+    return torch.cat(found)
+
+
+def faulty_curve(train, validation, seeds, dim):
+    """The 32-bit imitation for whole gradients in memory; validation: a list of [n_v, D]."""
+    train, *validation = (torch.from_numpy(np.asarray(gradients)) for gradients in (train, *validation))
+    total, found = train.shape[1], {}
+    for keep in KEEPS[3:]:
+        for seed in range(seeds):
+            projection = sketch.Projection(seed, keep, dim, "sjlt", "coordinates", "cpu")
+            _, kept, places = projection.draw("all", torch.Size((total,)))
+            sketches = []
+            for gradients in (train, *validation):
+                sums = projection.zeros(len(gradients))
+                sums.scatter_add_(1, places.expand(len(gradients), -1), misread(gradients, kept, total))
+                sketches.append(projection.sketches(sums))
+            rows = torch.cat([sketches[0], *(s.mean(0, keepdim=True) for s in sketches[1:])])
+            found["32-bit", keep, seed] = sketch_cosines(rows, len(train))
+    return found
+
+
+def measure(world, args):
+    model, train_path, *val_paths = (ROOT / "runs" / path for path in WORLDS[world])
+    policy, toy = sketch.load_policy(model, "cpu", "float32"), world == "toy"
+    live, val_live = live_prompts(train_path, args.prompts), [live_prompts(path, args.prompts) for path in val_paths]
+    n, total = len(live), Whole(policy).dim
+    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
+        rows = on_disk(Path(folder) / "rows.npy", n + len(val_paths), total)
+        full_gradients(policy, train_path, live, rows[:n])
+        for v, (path, prompts) in enumerate(zip(val_paths, val_live)):
+            rows[n + v] = mean_gradient(policy, path, prompts)
+        exact = cosines(rows[:n], rows[n:])
+        at_once = max(1, int(6e9 / (len(rows) * 8 * args.dim * 3 * len(KEEPS))))  # seeds whose sums fit into 6 GB
+        found = {}
+        for start in range(0, args.seeds, at_once):
+            seeds = range(start, min(start + at_once, args.seeds))
+            found |= curves(policy, rows, n, seeds, args.dim, args.dense_numbers)
+        if toy:
+            validation = [full_gradients(policy, path, prompts, np.zeros((len(prompts), total), np.float32))
+                          for path, prompts in zip(val_paths, val_live)]
+            found |= faulty_curve(rows[:n], validation, args.seeds, args.dim)
+            policy = policy.bfloat16()
+            full_gradients(policy, train_path, live, low := np.zeros_like(rows)[:n])
+            means = [mean_gradient(policy, path, prompts) for path, prompts in zip(val_paths, val_live)]
+            low = np.concatenate([low, np.array(means, np.float32)])
+            for seed in range(args.seeds):
+                found["bfloat16", 0.1, seed] = curves(policy, low, n, [seed], args.dim, 0)["sjlt", 0.1, seed]
+    table = {}
+    for (kind, keep, _), value in found.items():
+        table.setdefault(kind, {}).setdefault(str(keep), []).append(agreement(value, exact))
+    summary = {kind: {keep: {"overlap": [round(overlap, 4) for overlap, _ in cells],
+                             "mean": round(float(np.mean([overlap for overlap, _ in cells])), 4),
+                             "correlation": round(float(np.mean([correlation for _, correlation in cells])), 4)}
+                      for keep, cells in curve.items()} for kind, curve in table.items()}
+    return {"command": "python experiments/sparse_ratio.py " + " ".join(sys.argv[1:]), "parameters": total, "live_prompts": n,
+            "selected": n // 10, "validation_sets": len(val_paths), "dim": args.dim, "seeds": args.seeds,
+            "torch": torch.__version__, "transformers": transformers.__version__, "curves": summary}
+
+
+def plot():
+    files = [path for path in (RESULTS / f"sparse_ratio_{world}.json" for world in WORLDS) if path.exists()]
+    figure, axes = plt.subplots(1, len(files), figsize=(5.2 * len(files), 3.8), squeeze=False, sharey=True)
+    for axis, path in zip(axes[0], files):
+        result = json.loads(path.read_text())
+        for kind, curve in result["curves"].items():
+            keeps = [float(keep) for keep in curve]
+            values = [cell["overlap"] for cell in curve.values()]
+            line, = axis.plot(keeps, [np.mean(v) for v in values], "o-", markersize=3, label=kind)
+            axis.fill_between(keeps, [min(v) for v in values], [max(v) for v in values], alpha=0.15, color=line.get_color())
+        axis.plot(list(PAPER), list(PAPER.values()), "kx", label="the paper's figure (Qwen2.5-1.5B)")
+        axis.set(xscale="log", xlabel="keep", ylim=(0, 1.02), title=f"{path.stem.split('_')[-1]}: {result['live_prompts']} "
+                 f"prompts, {result['parameters'] / 1e6:.0f}M parameters, dim {result['dim']}")
+    axes[0][0].set_ylabel("overlap with the exact top 10%")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "sparse_ratio.png", dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world", choices=[*WORLDS, "plot"])
+    parser.add_argument("--seeds", type=int, default=5, help="of the projection (5)")
+    parser.add_argument("--prompts", type=int, default=300, help="with a gradient, at most (300)")
+    parser.add_argument("--dim", type=int, default=32768)
+    parser.add_argument("--dense-numbers", type=float, default=5e9, help="largest Rademacher matrix that is tried (5e9)")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if args.world != "plot":
+        result = measure(args.world, args)
+        (RESULTS / f"sparse_ratio_{args.world}.json").write_text(json.dumps(result, indent=1) + "\n")
+        for kind, curve in result["curves"].items():
+            print(f"{kind:12}", *(f"{keep}: {cell['mean']:.3f}" for keep, cell in curve.items()))
+    plot()
+
+
+if __name__ == "__main__":
+    main()
