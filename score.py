@@ -168,7 +168,7 @@ def open_sketch(path):
 def blocks(sketch, path):
     """Rows of a sketch and their norms, block by block, checked for NaN and infinity: float32 [B, dim] and [B, 1]."""
     n, dim = sketch.shape
-    for start in tqdm(range(0, n, ROWS), desc=f"score {path}", unit="block", leave=False):
+    for start in tqdm(range(0, n, ROWS), desc=f"score {path}", unit="block", delay=2):
         shape = min(ROWS, n - start), dim
         rows = np.memmap(path, np.float32, "c", sketch.offset + start * 4 * dim, shape)  # anew: the last one's memory is freed
         rows = torch.from_numpy(rows)

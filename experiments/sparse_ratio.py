@@ -15,7 +15,8 @@ gaussian      a dense Gaussian projection at every keep, drawn from its exact la
 bfloat16      sjlt of a bfloat16 policy's gradients against the full float32 gradients of the float32 policy, keep 0.1 (toy).
 
     python experiments/sparse_ratio.py toy                 after run_cropi.sh
-    python experiments/sparse_ratio.py smollm2 --seeds 3   after experiments/smollm2.py; about 35 GB on disk meanwhile
+    python experiments/sparse_ratio.py smollm2 --prompts 26 --seeds 3 --dense-numbers 5e8
+                                                           after experiments/smollm2.py; 0.54 GB of memory a prompt
     python experiments/sparse_ratio.py plot                the figure anew from the numbers
 
 Writes experiments/results/sparse_ratio_WORLD.json and experiments/results/sparse_ratio.png.
@@ -24,7 +25,6 @@ Writes experiments/results/sparse_ratio_WORLD.json and experiments/results/spars
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -76,12 +76,8 @@ def live_prompts(path, limit):
     return live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:limit]].sort().values.tolist()
 
 
-def on_disk(file, *shape):
-    return np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-
-
 def full_gradients(policy, path, live, found, batch_tokens=1024):
-    """found [n, parameters] = the gradients of the prompts `live`."""
+    """found [n, parameters] += the gradients of the prompts `live`."""
     rollouts = sketch.load_rollouts(path)
     prompts, responses, advantages = rollouts["prompts"], rollouts["responses"], sketch.group_advantage(rollouts["rewards"])
     k = rollouts["meta"]["k"]
@@ -99,7 +95,7 @@ def full_gradients(policy, path, live, found, batch_tokens=1024):
     return found
 
 
-def mean_gradient(policy, path, live, size=8):
+def mean_gradient(policy, path, live, size=3):
     """Of many prompts, a few at a time: float64 [parameters]."""
     total = 0
     for start in range(0, len(live), size):
@@ -120,7 +116,7 @@ def cosines(train, means):
 
 def agreement(found, exact):
     """Top-10% overlap and correlation between two [n, V] of cosines, means over the V validation sets."""
-    n = len(exact) // 10
+    n = round(len(exact) / 10)
     top = lambda column: set(torch.argsort(column, descending=True, stable=True)[:n].tolist())  # noqa: E731
     overlap = np.mean([len(top(a) & top(b)) / n for a, b in zip(found.T, exact.T)])
     finite = found.nan_to_num()
@@ -156,7 +152,8 @@ def curves(policy, rows, n, seeds, dim, dense_numbers):
                         part = block.flatten(1).index_select(1, some)
                         grams[cell] += (part @ part.T).double()
                 else:
-                    for some, its_sums in zip(block.split(8), sums[cell].split(8)):
+                    size = len(rows) if cell[0] == "rademacher" else max(1, 2**28 // shape.numel())  # a GB of copies
+                    for some, its_sums in zip(block.split(size), sums[cell].split(size)):
                         projection.add(name, shape, some[:, wanted], its_sums)
                 projection.drawn.clear()
                 progress.update()
@@ -203,29 +200,28 @@ def faulty_curve(train, validation, seeds, dim):
 def measure(world, args):
     model, train_path, *val_paths = (ROOT / "runs" / path for path in WORLDS[world])
     policy, toy = sketch.load_policy(model, "cpu", "float32"), world == "toy"
-    live, val_live = live_prompts(train_path, args.prompts), [live_prompts(path, args.prompts) for path in val_paths]
+    live, val_live = live_prompts(train_path, args.prompts), [live_prompts(path, 300) for path in val_paths]
     n, total = len(live), Whole(policy).dim
-    with tempfile.TemporaryDirectory(dir=RESULTS) as folder:
-        rows = on_disk(Path(folder) / "rows.npy", n + len(val_paths), total)
-        full_gradients(policy, train_path, live, rows[:n])
-        for v, (path, prompts) in enumerate(zip(val_paths, val_live)):
-            rows[n + v] = mean_gradient(policy, path, prompts)
-        exact = cosines(rows[:n], rows[n:])
-        at_once = max(1, int(6e9 / (len(rows) * 8 * args.dim * 3 * len(KEEPS))))  # seeds whose sums fit into 6 GB
-        found = {}
-        for start in range(0, args.seeds, at_once):
-            seeds = range(start, min(start + at_once, args.seeds))
-            found |= curves(policy, rows, n, seeds, args.dim, args.dense_numbers)
-        if toy:
-            validation = [full_gradients(policy, path, prompts, np.zeros((len(prompts), total), np.float32))
-                          for path, prompts in zip(val_paths, val_live)]
-            found |= faulty_curve(rows[:n], validation, args.seeds, args.dim)
-            policy = policy.bfloat16()
-            full_gradients(policy, train_path, live, low := np.zeros_like(rows)[:n])
-            means = [mean_gradient(policy, path, prompts) for path, prompts in zip(val_paths, val_live)]
-            low = np.concatenate([low, np.array(means, np.float32)])
-            for seed in range(args.seeds):
-                found["bfloat16", 0.1, seed] = curves(policy, low, n, [seed], args.dim, 0)["sjlt", 0.1, seed]
+    rows = np.zeros((n + len(val_paths), total), np.float32)
+    for v, (path, prompts) in enumerate(zip(val_paths, val_live)):
+        rows[n + v] = mean_gradient(policy, path, prompts)
+    full_gradients(policy, train_path, live, rows[:n])
+    exact = cosines(rows[:n], rows[n:])
+    at_once = max(1, int(6e9 / (len(rows) * 8 * args.dim * 3 * len(KEEPS))))  # seeds whose sums fit into 6 GB
+    found = {}
+    for start in range(0, args.seeds, at_once):
+        seeds = range(start, min(start + at_once, args.seeds))
+        found |= curves(policy, rows, n, seeds, args.dim, args.dense_numbers)
+    if toy:
+        validation = [full_gradients(policy, path, prompts, np.zeros((len(prompts), total), np.float32))
+                      for path, prompts in zip(val_paths, val_live)]
+        found |= faulty_curve(rows[:n], validation, args.seeds, args.dim)
+        policy = policy.bfloat16()
+        low = full_gradients(policy, train_path, live, np.zeros((n, total), np.float32))
+        means = [mean_gradient(policy, path, prompts) for path, prompts in zip(val_paths, val_live)]
+        low = np.concatenate([low, np.array(means, np.float32)])
+        for seed in range(args.seeds):
+            found["bfloat16", 0.1, seed] = curves(policy, low, n, [seed], args.dim, 0)["sjlt", 0.1, seed]
     table = {}
     for (kind, keep, _), value in found.items():
         table.setdefault(kind, {}).setdefault(str(keep), []).append(agreement(value, exact))
@@ -234,7 +230,7 @@ def measure(world, args):
                              "correlation": round(float(np.mean([correlation for _, correlation in cells])), 4)}
                       for keep, cells in curve.items()} for kind, curve in table.items()}
     return {"command": "python experiments/sparse_ratio.py " + " ".join(sys.argv[1:]), "parameters": total, "live_prompts": n,
-            "selected": n // 10, "validation_sets": len(val_paths), "dim": args.dim, "seeds": args.seeds,
+            "selected": round(n / 10), "validation_sets": len(val_paths), "dim": args.dim, "seeds": args.seeds,
             "torch": torch.__version__, "transformers": transformers.__version__, "curves": summary}
 
 

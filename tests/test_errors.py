@@ -127,7 +127,8 @@ def test_sketch_that_is_a_pickle(files, refuses, tmp_path):
     refuses(score, "--train", tmp_path / "p.npy", "--val", files["val"], names="p.npy", says="unreadable")
 
 
-@pytest.mark.parametrize("key, value", [("seed", 7), ("keep", 0.5), ("policy", "another"), ("projection", "rademacher")])
+@pytest.mark.parametrize("key, value", [("seed", 7), ("keep", 0.5), ("policy", "another"), ("projection", "rademacher"),
+                                        ("drop", "rows")])
 def test_sketches_that_do_not_match(key, value, files, refuses, tmp_path):
     other = altered_sketch(files["val"], tmp_path, **{key: value})
     refuses(score, "--train", files["train"], "--val", other, names=other, says=f"found {key} {value}")
