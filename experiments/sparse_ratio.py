@@ -7,16 +7,15 @@ the two cosines. All gradients are those of sketch.py's Sketcher at the base pol
 
 sjlt, rows    sketch.py's own Projection, --drop coordinates and --drop rows.
 rademacher    sketch.py's dense Projection, where kept coordinates x dim stay below --dense-numbers.
-gaussian      a dense Gaussian projection at every keep, drawn from its exact law: the sketches of gradients G [n, kept] are
-              distributed as C Z / sqrt(dim) with C C^T = G G^T and Z [n, dim] standard normal, so that no matrix is needed.
+gaussian      (toy) a dense Gaussian projection at every keep, drawn from its exact law: the sketches of gradients G [n, kept]
+              are distributed as C Z / sqrt(dim), C C^T = G G^T, Z [n, dim] standard normal, so that no matrix is needed.
 32-bit        an imitation (toy only): sjlt of gradients that were read wrongly. TRAK's CUDA kernel multiplies row by features
               in uint32; a batch of 16 gradients overflows where 16 x kept > 2^32: for 1.54e9 parameters at keep > 0.17.
               Here element (row, j) of a batch of 16 is read at (row x kept + j) mod L, L = 2^32 scaled by the parameters.
 bfloat16      sjlt of a bfloat16 policy's gradients against the full float32 gradients of the float32 policy, keep 0.1 (toy).
 
     python experiments/sparse_ratio.py toy                 after run_cropi.sh
-    python experiments/sparse_ratio.py smollm2 --prompts 26 --seeds 3 --dense-numbers 5e8
-                                                           after experiments/smollm2.py; 0.54 GB of memory a prompt
+    python experiments/sparse_ratio.py smollm2 --prompts 50 --seeds 3 --dense-numbers 1e8       after experiments/smollm2.py
     python experiments/sparse_ratio.py plot                the figure anew from the numbers
 
 Writes experiments/results/sparse_ratio_WORLD.json and experiments/results/sparse_ratio.png.
@@ -76,33 +75,88 @@ def live_prompts(path, limit):
     return live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:limit]].sort().values.tolist()
 
 
-def full_gradients(policy, path, live, found, batch_tokens=1024):
-    """found [n, parameters] += the gradients of the prompts `live`."""
+def gradients_of(policy, path, live, projection, batch_tokens=1024):
+    """Yields (places in `live`, sketches) of sketch.py's Sketcher with the given projection, batch by batch."""
     rollouts = sketch.load_rollouts(path)
     prompts, responses, advantages = rollouts["prompts"], rollouts["responses"], sketch.group_advantage(rollouts["rewards"])
     k = rollouts["meta"]["k"]
     longest = rollouts["response_offsets"].diff().view(-1, k).amax(1).tolist()
-    sketcher = sketch.Sketcher(policy, Whole(policy))
+    sketcher = sketch.Sketcher(policy, projection)
     assert sketcher.fast
     plan = sketch.plan_batches({i: (len(prompts[i]), longest[i]) for i in live}, k, batch_tokens, True)
     for batch, at_once, _ in tqdm(plan, desc=f"gradients of {path.name}", unit="batch"):
         for first in range(0, k, at_once):
             rows = [i * k + j for i in batch for j in range(first, min(first + at_once, k))]
-            found[[live.index(i) for i in batch]] += sketcher(
+            yield [live.index(i) for i in batch], sketcher(
                 [prompts[i] for i in batch], [responses[r] for r in rows], [rollouts["logprobs"][r] for r in rows],
-                advantages.flatten()[rows], k, rollouts["meta"]["temperature"]).numpy()
+                advantages.flatten()[rows], k, rollouts["meta"]["temperature"])
     sketcher.close()
+
+
+def full_gradients(policy, path, live):
+    """float32 [n, parameters] of the prompts `live`."""
+    found = np.zeros((len(live), Whole(policy).dim), np.float32)
+    for places, gradients in gradients_of(policy, path, live, Whole(policy)):
+        found[places] += gradients.numpy()
     return found
 
 
-def mean_gradient(policy, path, live, size=3):
-    """Of many prompts, a few at a time: float64 [parameters]."""
-    total = 0
-    for start in range(0, len(live), size):
-        some = live[start:start + size]
-        found = full_gradients(policy, path, some, np.zeros((len(some), Whole(policy).dim), np.float32))
-        total = total + found.sum(0, dtype=np.float64)
-    return total / len(live)
+class Many(Whole):
+    """In the place of a Projection: many of them, and what exact cosines need, of gradients that are never whole.
+
+    A row of sums is the sums of every projection in turn, then the dot product with `mean` and the squared norm. total [D] is
+    the sum of all gradients seen, where `mean` is None.
+    """
+
+    def __init__(self, policy, projections, mean=None):
+        super().__init__(policy)
+        self.projections, self.mean = projections, mean
+        self.total = torch.zeros(self.dim) if mean is None else None
+        embedding, head = policy.get_input_embeddings().weight, policy.get_output_embeddings().weight
+        self.tied = next(name for name, p in policy.named_parameters() if p is embedding) if embedding is head else None
+        self.waiting = {}  # the head's part of a tied gradient, until the embedding's comes
+
+    def zeros(self, b):
+        return torch.cat([*(projection.zeros(b) for projection in self.projections), torch.zeros(b, 2)], 1)
+
+    def parts(self, sums):
+        return sums.split([*(2 * projection.dim for projection in self.projections), 1, 1], 1)
+
+    def add(self, name, shape, gradients, sums):
+        *parts, dots, squares = self.parts(sums)
+        for projection, part in zip(self.projections, parts):
+            projection.add(name, shape, gradients[:, projection.draw(name, shape)[0]], part)
+        flat = gradients.flatten(1)
+        here = slice(self.starts[name], self.starts[name] + flat.shape[1])
+        if self.mean is None:
+            self.total[here] += flat.sum(0)
+        else:
+            dots += flat @ self.mean[here, None]
+            squares += torch.linalg.vecdot(flat, flat)[:, None]
+            if name == self.tied and sums.data_ptr() in self.waiting:
+                squares += 2 * torch.linalg.vecdot(flat, self.waiting.pop(sums.data_ptr()))[:, None]
+            elif name == self.tied:
+                self.waiting[sums.data_ptr()] = flat
+
+
+def streamed(policy, train_path, live, val_path, val_live, seeds, dim, dense_numbers):
+    """Exact cosines [n, 1] and {(projection, keep, seed): cosines [n, 1]}, where the gradients do not fit into memory."""
+    total = Whole(policy).dim
+    cells = [(kind, keep, seed) for kind in ("sjlt", "rows", "rademacher") for keep in KEEPS for seed in range(seeds)
+             if kind != "rademacher" or (keep * total * dim <= dense_numbers and seed == 0)]
+    projections = [sketch.Projection(seed, keep, dim, "rademacher" if kind == "rademacher" else "sjlt",
+                                     "rows" if kind == "rows" else "coordinates", "cpu") for kind, keep, seed in cells]
+    many = Many(policy, projections)
+    means = sum(sums.sum(0) for _, sums in gradients_of(policy, val_path, val_live, many, 512))[None] / len(val_live)
+    mean = many.total / len(val_live)
+    many = Many(policy, projections, mean)
+    rows = many.zeros(len(live))
+    for places, sums in gradients_of(policy, train_path, live, many, 512):
+        rows[places] += sums
+    *parts, dots, squares = many.parts(torch.cat([rows, means]))
+    exact = dots[:-1].double() / squares[:-1].double().sqrt() / mean.double().norm()
+    return exact, {cell: sketch_cosines(projection.sketches(part), len(live))
+                            for cell, projection, part in zip(cells, projections, parts)}
 
 
 def cosines(train, means):
@@ -129,11 +183,11 @@ def sketch_cosines(sketches, n):
     return units[:n] @ units[n:].T
 
 
-def curves(policy, rows, n, seeds, dim, dense_numbers):
+def curves(policy, rows, n, seeds, dim, dense_numbers, kinds=("sjlt", "rows", "rademacher", "gaussian"), keeps=KEEPS):
     """{(projection, keep, seed): cosines [n, V]} from sketches of rows [n + V, D], the last V the validation means."""
     shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
     starts, total = Whole(policy).starts, rows.shape[1]
-    cells = [(kind, keep, seed) for kind in ("sjlt", "rows", "rademacher", "gaussian") for keep in KEEPS for seed in seeds
+    cells = [(kind, keep, seed) for kind in kinds for keep in keeps for seed in seeds
              if kind != "rademacher" or keep * total * dim <= dense_numbers]
     grams = {cell: torch.zeros(len(rows), len(rows), dtype=torch.float64) for cell in cells if cell[0] == "gaussian"}
     projections = {(kind, keep, seed): sketch.Projection(seed, keep, dim, "rademacher" if kind == "rademacher" else "sjlt",
@@ -152,9 +206,7 @@ def curves(policy, rows, n, seeds, dim, dense_numbers):
                         part = block.flatten(1).index_select(1, some)
                         grams[cell] += (part @ part.T).double()
                 else:
-                    size = len(rows) if cell[0] == "rademacher" else max(1, 2**28 // shape.numel())  # a GB of copies
-                    for some, its_sums in zip(block.split(size), sums[cell].split(size)):
-                        projection.add(name, shape, some[:, wanted], its_sums)
+                    projection.add(name, shape, block[:, wanted], sums[cell])
                 projection.drawn.clear()
                 progress.update()
     found = {}
@@ -199,29 +251,25 @@ def faulty_curve(train, validation, seeds, dim):
 
 def measure(world, args):
     model, train_path, *val_paths = (ROOT / "runs" / path for path in WORLDS[world])
-    policy, toy = sketch.load_policy(model, "cpu", "float32"), world == "toy"
-    live, val_live = live_prompts(train_path, args.prompts), [live_prompts(path, 300) for path in val_paths]
+    policy, seeds = sketch.load_policy(model, "cpu", "float32"), range(args.seeds)
+    live, val_live = live_prompts(train_path, args.prompts), [live_prompts(path, args.prompts) for path in val_paths]
     n, total = len(live), Whole(policy).dim
-    rows = np.zeros((n + len(val_paths), total), np.float32)
-    for v, (path, prompts) in enumerate(zip(val_paths, val_live)):
-        rows[n + v] = mean_gradient(policy, path, prompts)
-    full_gradients(policy, train_path, live, rows[:n])
-    exact = cosines(rows[:n], rows[n:])
-    at_once = max(1, int(6e9 / (len(rows) * 8 * args.dim * 3 * len(KEEPS))))  # seeds whose sums fit into 6 GB
-    found = {}
-    for start in range(0, args.seeds, at_once):
-        seeds = range(start, min(start + at_once, args.seeds))
-        found |= curves(policy, rows, n, seeds, args.dim, args.dense_numbers)
-    if toy:
-        validation = [full_gradients(policy, path, prompts, np.zeros((len(prompts), total), np.float32))
-                      for path, prompts in zip(val_paths, val_live)]
-        found |= faulty_curve(rows[:n], validation, args.seeds, args.dim)
-        policy = policy.bfloat16()
-        low = full_gradients(policy, train_path, live, np.zeros((n, total), np.float32))
-        means = [mean_gradient(policy, path, prompts) for path, prompts in zip(val_paths, val_live)]
-        low = np.concatenate([low, np.array(means, np.float32)])
-        for seed in range(args.seeds):
-            found["bfloat16", 0.1, seed] = curves(policy, low, n, [seed], args.dim, 0)["sjlt", 0.1, seed]
+    if world == "smollm2":
+        exact, found = streamed(policy, train_path, live, val_paths[0], val_live[0], args.seeds, args.dim, args.dense_numbers)
+    else:
+        train, *validation = (full_gradients(policy, path, prompts)
+                              for path, prompts in zip((train_path, *val_paths), (live, *val_live)))
+        rows = np.concatenate([train, *(gradients.mean(0, keepdims=True, dtype=np.float64) for gradients in validation)])
+        rows = rows.astype(np.float32)
+        exact, found = cosines(rows[:n], rows[n:]), {}
+        for seed in seeds:  # the sums of all would take 10 GB
+            found |= curves(policy, rows, n, [seed], args.dim, args.dense_numbers)
+        found |= faulty_curve(train, validation, args.seeds, args.dim)
+        low = [full_gradients(policy.bfloat16(), path, prompts)
+               for path, prompts in zip((train_path, *val_paths), (live, *val_live))]
+        low = np.concatenate([low[0], *(gradients.mean(0, keepdims=True) for gradients in low[1:])])
+        for seed in seeds:
+            found["bfloat16", 0.1, seed] = curves(policy, low, n, [seed], args.dim, 0, ["sjlt"], [0.1])["sjlt", 0.1, seed]
     table = {}
     for (kind, keep, _), value in found.items():
         table.setdefault(kind, {}).setdefault(str(keep), []).append(agreement(value, exact))
@@ -248,7 +296,7 @@ def plot():
         axis.set(xscale="log", xlabel="keep", ylim=(0, 1.02), title=f"{path.stem.split('_')[-1]}: {result['live_prompts']} "
                  f"prompts, {result['parameters'] / 1e6:.0f}M parameters, dim {result['dim']}")
     axes[0][0].set_ylabel("overlap with the exact top 10%")
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].legend(fontsize=7, loc="upper left")
     figure.tight_layout()
     figure.savefig(RESULTS / "sparse_ratio.png", dpi=130)
 
