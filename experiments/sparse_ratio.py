@@ -15,7 +15,7 @@ gaussian      (toy) a dense Gaussian projection at every keep, drawn from its ex
 bfloat16      sjlt of a bfloat16 policy's gradients against the full float32 gradients of the float32 policy, keep 0.1 (toy).
 
     python experiments/sparse_ratio.py toy                 after run_cropi.sh
-    python experiments/sparse_ratio.py smollm2 --prompts 50 --seeds 3 --dense-numbers 1e8       after experiments/smollm2.py
+    python experiments/sparse_ratio.py smollm2 --prompts 40 --seeds 3 --dense-numbers 1e8       after experiments/smollm2.py
     python experiments/sparse_ratio.py plot                the figure anew from the numbers
 
 Writes experiments/results/sparse_ratio_WORLD.json and experiments/results/sparse_ratio.png.
@@ -139,10 +139,10 @@ class Many(Whole):
                 self.waiting[sums.data_ptr()] = flat
 
 
-def streamed(policy, train_path, live, val_path, val_live, seeds, dim, dense_numbers):
+def streamed(policy, train_path, live, val_path, val_live, seeds, dim, dense_numbers, keeps):
     """Exact cosines [n, 1] and {(projection, keep, seed): cosines [n, 1]}, where the gradients do not fit into memory."""
     total = Whole(policy).dim
-    cells = [(kind, keep, seed) for kind in ("sjlt", "rows", "rademacher") for keep in KEEPS for seed in range(seeds)
+    cells = [(kind, keep, seed) for kind in ("sjlt", "rows", "rademacher") for keep in keeps for seed in range(seeds)
              if kind != "rademacher" or (keep * total * dim <= dense_numbers and seed == 0)]
     projections = [sketch.Projection(seed, keep, dim, "rademacher" if kind == "rademacher" else "sjlt",
                                      "rows" if kind == "rows" else "coordinates", "cpu") for kind, keep, seed in cells]
@@ -255,7 +255,8 @@ def measure(world, args):
     live, val_live = live_prompts(train_path, args.prompts), [live_prompts(path, args.prompts) for path in val_paths]
     n, total = len(live), Whole(policy).dim
     if world == "smollm2":
-        exact, found = streamed(policy, train_path, live, val_paths[0], val_live[0], args.seeds, args.dim, args.dense_numbers)
+        exact, found = streamed(policy, train_path, live, val_paths[0], val_live[0], args.seeds, args.dim, args.dense_numbers,
+                                args.keeps)
     else:
         train, *validation = (full_gradients(policy, path, prompts)
                               for path, prompts in zip((train_path, *val_paths), (live, *val_live)))
@@ -307,6 +308,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="of the projection (5)")
     parser.add_argument("--prompts", type=int, default=300, help="with a gradient, at most (300)")
     parser.add_argument("--dim", type=int, default=32768)
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, help="of smollm2 (all): 1.0 takes 1 GB a seed")
     parser.add_argument("--dense-numbers", type=float, default=5e9, help="largest Rademacher matrix that is tried (5e9)")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
