@@ -297,7 +297,7 @@ def plot():
         axis.set(xscale="log", xlabel="keep", ylim=(0, 1.02), title=f"{path.stem.split('_')[-1]}: {result['live_prompts']} "
                  f"prompts, {result['parameters'] / 1e6:.0f}M parameters, dim {result['dim']}")
     axes[0][0].set_ylabel("overlap with the exact top 10%")
-    axes[0][0].legend(fontsize=7, loc="upper left")
+    axes[0][0].legend(fontsize=7, loc="lower center")
     figure.tight_layout()
     figure.savefig(RESULTS / "sparse_ratio.png", dpi=130)
 
