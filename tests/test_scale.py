@@ -40,7 +40,7 @@ def test_deal_is_by_cost():
 
 def shards(arguments):
     """A stage by torchrun in two processes."""
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533",
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                            ROOT / arguments[0], *map(str, arguments[1:])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
