@@ -247,7 +247,7 @@ def replacing(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "w+b")  # a folder raises
+        file = open(path if path.is_dir() else part, "wb")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:
@@ -268,7 +268,7 @@ def unfinished(out, settings):
 
 
 def fingerprint(policy):
-    """sha256 of the parameters' names and bytes: two sketches may be compared only at the same policy."""
+    """sha256 of the parameters' names and bytes: says whether two files come of the same policy."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
         digest.update(name.encode())

@@ -142,7 +142,7 @@ def replacing(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "w+b")  # a folder raises
+        file = open(path if path.is_dir() else part, "wb")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:

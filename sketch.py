@@ -342,7 +342,7 @@ def replacing(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "w+b")  # a folder raises
+        file = open(path if path.is_dir() else part, "wb")  # a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:
@@ -415,7 +415,7 @@ def load_rollouts(path):
 
 
 def fingerprint(policy):
-    """sha256 of the parameters' names and bytes: two sketches may be compared only at the same policy."""
+    """sha256 of the parameters' names and bytes: says whether two files come of the same policy."""
     digest = hashlib.sha256()
     for name, parameter in sorted(policy.named_parameters()):
         digest.update(name.encode())
@@ -436,6 +436,7 @@ def sketch_file(sketcher, path, out, identity, batch_tokens):
     longest = rollouts["response_offsets"].diff().view(n, k).amax(1).tolist()
     plan = plan_batches({i: (len(prompts[i]), longest[i]) for i in live}, k, batch_tokens, sketcher.fast)
     mine = deal([tokens for *_, tokens in plan], WORLD)[RANK]  # of one plan for all processes
+
     def sketch_rows(batch, first, end):
         rows = [i * k + j for i in batch for j in range(first, end)]
         return sketcher([prompts[i] for i in batch], [responses[r] for r in rows], [rollouts["logprobs"][r] for r in rows],

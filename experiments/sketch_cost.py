@@ -1,8 +1,9 @@
 """What selection costs: sketch.py and score.py against the least that their work can take, on this machine.
 
 floor      one plain forward and backward pass over the same live trajectories, a row each, gradients accumulated into .grad
-           and nothing else, in the best of several batch sizes. sketch.py's time is all that it does but load the model: the
-           comparison with plain autograd, gradients, projection, files. In turns, in one process; the ratio of each round.
+           and nothing else, in the best of several batch sizes. sketch.py's time is all that it does but load the model and
+           draw the projection: comparison with plain autograd, gradients, projecting, files. In turns, in one process; the
+           ratio of each round.
            `shared floor`: the same with each prompt read once for its K responses, as sketch.py does.
 dense      TRAK's CPU projector (traker's BasicProjector) on the same kept coordinates of 8 gradients: 64 of its dim output
            dimensions are timed, the random matrix made anew block by block as it must be, and EXTRAPOLATED to dim.
@@ -94,7 +95,7 @@ PROJECTIONS = {}
 
 
 def projection(dim, drop):
-    """One projection for all rounds: drawing it is a cost a process, timed apart."""
+    """One projection for all rounds: drawing it, once a process, is not in the ratios."""
     return PROJECTIONS.setdefault((dim, drop), sketch.Projection(0, 0.1, dim, "sjlt", drop, "cpu"))
 
 
@@ -201,7 +202,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    results |= {"command": "python experiments/sketch_cost.py", "torch": torch.__version__, "numpy": np.__version__,
+    results |= {"torch": torch.__version__, "numpy": np.__version__,
                 "transformers": transformers.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     smollm2 = args.smollm2 / "train.pt"
     absent = None if smollm2.exists() else f"no {smollm2}: experiments/smollm2.py makes it from PyPI packages"
@@ -209,6 +210,7 @@ def main():
         folder = Path(folder)
         few = None if absent else subset(smollm2, folder / "few.pt", live_prompts(smollm2)[::6][:8])
         for part in args.parts:
+            results.setdefault("commands", {})[part] = " ".join(["python experiments/sketch_cost.py", *sys.argv[1:]])
             if part == "score":
                 results["score"] = score_speed(folder)
                 results["score_vs_dot"] = results["score"]["speed_relative_to_dot"]["median"]

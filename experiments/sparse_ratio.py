@@ -156,7 +156,7 @@ def streamed(policy, train_path, live, val_path, val_live, seeds, dim, dense_num
     *parts, dots, squares = many.parts(torch.cat([rows, means]))
     exact = dots[:-1].double() / squares[:-1].double().sqrt() / mean.double().norm()
     return exact, {cell: sketch_cosines(projection.sketches(part), len(live))
-                            for cell, projection, part in zip(cells, projections, parts)}
+                   for cell, projection, part in zip(cells, projections, parts)}
 
 
 def cosines(train, means):
