@@ -147,7 +147,8 @@ def verify(response, answer, verifier):
 
     gold = answer.rpartition("####")[2].strip()
     gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(response)))
+    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would make a list
+    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
 
 
 def stream_seed(*key):

@@ -15,7 +15,8 @@ Reads   --rollouts   rollouts.pt of collect.py: prompts, answers, and in its met
         --optimizer  optimizer.pt of the phase before: AdamW's state and the count of steps go on.
 Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer) with optimizer.pt, args.json and metrics.jsonl, a JSON
                      object a step: step (over all phases), reward, live (share of groups with unequal rewards), kl, clipped,
-                     grad_norm, tokens, truncated, seconds (of training so far in this phase, evaluation left out), eval.
+                     grad_norm, tokens, truncated, seconds (of training so far in this phase, evaluation left out),
+                     sampling_seconds (of this step), eval.
 
 The run works in OUT.part and renames it at its end. Killed and started again with the same command, it goes on from the
 last checkpoint (--save-every) and ends with the same bytes: random numbers come from (seed, step, place in the batch).
@@ -179,7 +180,8 @@ def verify(response, answer, verifier):
 
     gold = answer.rpartition("####")[2].strip()
     gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(response)))
+    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would make a list
+    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
 
 
 class Ragged:
@@ -409,7 +411,9 @@ def main():
         queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, step, j) for j in range(len(batch))]
         responses, logp_old, rewards = roll_out(policy, tokenizer, queries, [answers[i] for i in batch], args.group,
                                                 meta["temperature"], meta, seeds, args)
+        sampled = time.perf_counter()
         row = grpo_step(policy, reference, optimizer, queries, responses, logp_old, rewards, meta["temperature"], args)
+        row["sampling_seconds"] = sampled - began
         row["truncated"] = sum(r[-1] not in meta["eos_ids"] for r in responses) / len(responses)
         clock += time.perf_counter() - began
         if last or (step + 1) % args.eval_every == 0:

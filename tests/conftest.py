@@ -90,4 +90,4 @@ def without_seconds(path):
         documents = [json.loads(path.read_text())]
     except ValueError:
         documents = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in document.items() if k != "seconds"} for document in documents]
+    return [{k: v for k, v in document.items() if not k.endswith("seconds")} for document in documents]
