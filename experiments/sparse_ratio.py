@@ -3,11 +3,12 @@
 For each share `keep` of coordinates and each projection: the overlap between the top 10% by cosine of sketches with a
 validation set's mean and the top 10% by cosine of full float32 gradients, among prompts with a gradient; mean over the
 validation sets, then mean and spread over seeds of the projection. 1 is perfect, 0.1 chance. Beside it the correlation of
-the two cosines. All gradients are those of sketch.py's Sketcher at the base policy.
+the two cosines. All gradients are those of sketch.py's Sketcher at the base policy, float32; SmolLM2's are kept in memory
+as bfloat16, before exact cosines and sketches are taken of them.
 
 sjlt, rows    sketch.py's own Projection, --drop coordinates and --drop rows.
 rademacher    sketch.py's dense Projection, where kept coordinates x dim stay below --dense-numbers.
-gaussian      (toy) a dense Gaussian projection at every keep, drawn from its exact law: the sketches of gradients G [n, kept]
+gaussian      a dense Gaussian projection at every keep, drawn from its exact law: the sketches of gradients G [n, kept]
               are distributed as C Z / sqrt(dim), C C^T = G G^T, Z [n, dim] standard normal, so that no matrix is needed.
 32-bit        an imitation (toy only): sjlt of gradients that were read wrongly. TRAK's CUDA kernel multiplies row by features
               in uint32; a batch of 16 gradients overflows where 16 x kept > 2^32: for 1.54e9 parameters at keep > 0.17.
@@ -15,7 +16,7 @@ gaussian      (toy) a dense Gaussian projection at every keep, drawn from its ex
 bfloat16      sjlt of a bfloat16 policy's gradients against the full float32 gradients of the float32 policy, keep 0.1 (toy).
 
     python experiments/sparse_ratio.py toy                 after run_cropi.sh
-    python experiments/sparse_ratio.py smollm2 --prompts 40 --seeds 3 --dense-numbers 1e8       after experiments/smollm2.py
+    python experiments/sparse_ratio.py smollm2 --prompts 50            after experiments/smollm2.py; 18 GB of memory
     python experiments/sparse_ratio.py plot                the figure anew from the numbers
 
 Writes experiments/results/sparse_ratio_WORLD.json and experiments/results/sparse_ratio.png.
@@ -75,95 +76,47 @@ def live_prompts(path, limit):
     return live[torch.randperm(len(live), generator=torch.Generator().manual_seed(0))[:limit]].sort().values.tolist()
 
 
-def gradients_of(policy, path, live, projection, batch_tokens=1024):
-    """Yields (places in `live`, sketches) of sketch.py's Sketcher with the given projection, batch by batch."""
-    rollouts = sketch.load_rollouts(path)
-    prompts, responses, advantages = rollouts["prompts"], rollouts["responses"], sketch.group_advantage(rollouts["rewards"])
-    k = rollouts["meta"]["k"]
-    longest = rollouts["response_offsets"].diff().view(-1, k).amax(1).tolist()
-    sketcher = sketch.Sketcher(policy, projection)
+def gradients_of(policy, rollouts, prompts, projection, chosen=None, batch_tokens=1024):
+    """Yields (places in `prompts`, sketches) of sketch.py's Sketcher with the given projection, batch by batch.
+
+    prompts: those with a gradient. chosen: a range of each prompt's K responses to use instead of all.
+    """
+    k, responses, logprobs = rollouts["meta"]["k"], rollouts["responses"], rollouts["logprobs"]
+    chosen = chosen or range(k)
+    advantages = sketch.group_advantage(rollouts["rewards"][:, chosen])
+    longest = rollouts["response_offsets"].diff().view(-1, k)[:, chosen].amax(1).tolist()
+    sketcher, places = sketch.Sketcher(policy, projection), {prompt: place for place, prompt in enumerate(prompts)}
     assert sketcher.fast
-    plan = sketch.plan_batches({i: (len(prompts[i]), longest[i]) for i in live}, k, batch_tokens, True)
-    for batch, at_once, _ in tqdm(plan, desc=f"gradients of {path.name}", unit="batch"):
-        for first in range(0, k, at_once):
-            rows = [i * k + j for i in batch for j in range(first, min(first + at_once, k))]
-            yield [live.index(i) for i in batch], sketcher(
-                [prompts[i] for i in batch], [responses[r] for r in rows], [rollouts["logprobs"][r] for r in rows],
-                advantages.flatten()[rows], k, rollouts["meta"]["temperature"])
+    plan = sketch.plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}, len(chosen), batch_tokens, True)
+    for batch, at_once, _ in tqdm(plan, desc="gradients", unit="batch"):
+        for first in range(0, len(chosen), at_once):
+            some = chosen[first:first + at_once]
+            rows = [i * k + j for i in batch for j in some]
+            yield [places[i] for i in batch], sketcher(
+                [rollouts["prompts"][i] for i in batch], [responses[r] for r in rows], [logprobs[r] for r in rows],
+                advantages[batch][:, first:first + at_once].flatten(), len(chosen), rollouts["meta"]["temperature"])
     sketcher.close()
 
 
-def full_gradients(policy, path, live):
-    """float32 [n, parameters] of the prompts `live`."""
-    found = np.zeros((len(live), Whole(policy).dim), np.float32)
-    for places, gradients in gradients_of(policy, path, live, Whole(policy)):
-        found[places] += gradients.numpy()
+def full_gradients(policy, path, live, dtype=torch.float32):
+    """[n, parameters] of the prompts `live`, computed in float32 and kept as `dtype`."""
+    found = torch.zeros(len(live), Whole(policy).dim, dtype=dtype)
+    for places, gradients in gradients_of(policy, sketch.load_rollouts(path), live, Whole(policy)):
+        found[places] += gradients.to(dtype)
     return found
 
 
-class Many(Whole):
-    """In the place of a Projection: many of them, and what exact cosines need, of gradients that are never whole.
-
-    A row of sums is the sums of every projection in turn, then the dot product with `mean` and the squared norm. total [D] is
-    the sum of all gradients seen, where `mean` is None.
-    """
-
-    def __init__(self, policy, projections, mean=None):
-        super().__init__(policy)
-        self.projections, self.mean = projections, mean
-        self.total = torch.zeros(self.dim) if mean is None else None
-        embedding, head = policy.get_input_embeddings().weight, policy.get_output_embeddings().weight
-        self.tied = next(name for name, p in policy.named_parameters() if p is embedding) if embedding is head else None
-        self.waiting = {}  # the head's part of a tied gradient, until the embedding's comes
-
-    def zeros(self, b):
-        return torch.cat([*(projection.zeros(b) for projection in self.projections), torch.zeros(b, 2)], 1)
-
-    def parts(self, sums):
-        return sums.split([*(2 * projection.dim for projection in self.projections), 1, 1], 1)
-
-    def add(self, name, shape, gradients, sums):
-        *parts, dots, squares = self.parts(sums)
-        for projection, part in zip(self.projections, parts):
-            projection.add(name, shape, gradients[:, projection.draw(name, shape)[0]], part)
-        flat = gradients.flatten(1)
-        here = slice(self.starts[name], self.starts[name] + flat.shape[1])
-        if self.mean is None:
-            self.total[here] += flat.sum(0)
-        else:
-            dots += flat @ self.mean[here, None]
-            squares += torch.linalg.vecdot(flat, flat)[:, None]
-            if name == self.tied and sums.data_ptr() in self.waiting:
-                squares += 2 * torch.linalg.vecdot(flat, self.waiting.pop(sums.data_ptr()))[:, None]
-            elif name == self.tied:
-                self.waiting[sums.data_ptr()] = flat
-
-
-def streamed(policy, train_path, live, val_path, val_live, seeds, dim, dense_numbers, keeps):
-    """Exact cosines [n, 1] and {(projection, keep, seed): cosines [n, 1]}, where the gradients do not fit into memory."""
-    total = Whole(policy).dim
-    cells = [(kind, keep, seed) for kind in ("sjlt", "rows", "rademacher") for keep in keeps for seed in range(seeds)
-             if kind != "rademacher" or (keep * total * dim <= dense_numbers and seed == 0)]
-    projections = [sketch.Projection(seed, keep, dim, "rademacher" if kind == "rademacher" else "sjlt",
-                                     "rows" if kind == "rows" else "coordinates", "cpu") for kind, keep, seed in cells]
-    many = Many(policy, projections)
-    means = sum(sums.sum(0) for _, sums in gradients_of(policy, val_path, val_live, many, 512))[None] / len(val_live)
-    mean = many.total / len(val_live)
-    many = Many(policy, projections, mean)
-    rows = many.zeros(len(live))
-    for places, sums in gradients_of(policy, train_path, live, many, 512):
-        rows[places] += sums
-    *parts, dots, squares = many.parts(torch.cat([rows, means]))
-    exact = dots[:-1].double() / squares[:-1].double().sqrt() / mean.double().norm()
-    return exact, {cell: sketch_cosines(projection.sketches(part), len(live))
-                   for cell, projection, part in zip(cells, projections, parts)}
+def mean_gradient(policy, path, live):
+    """float32 [1, parameters]: the mean over the prompts `live`, none of which is kept."""
+    found = gradients_of(policy, sketch.load_rollouts(path), live, Whole(policy))
+    return sum(gradients.sum(0, keepdim=True) for _, gradients in found) / len(live)
 
 
 def cosines(train, means):
     """[n, V] of train [n, D] and validation means [V, D], in blocks of columns, in float64."""
     dots, squares, norms = 0, 0, 0
-    for start in range(0, train.shape[1], 2**22):
-        block, mean = (torch.from_numpy(np.asarray(x[:, start:start + 2**22])).double() for x in (train, means))
+    for block, mean in zip(train.split(2**22, 1), means.split(2**22, 1)):
+        block, mean = block.double(), mean.double()
         dots, squares, norms = dots + block @ mean.T, squares + (block**2).sum(1), norms + (mean**2).sum(1)
     return dots / (squares[:, None] * norms).sqrt()
 
@@ -183,42 +136,36 @@ def sketch_cosines(sketches, n):
     return units[:n] @ units[n:].T
 
 
-def curves(policy, rows, n, seeds, dim, dense_numbers, kinds=("sjlt", "rows", "rademacher", "gaussian"), keeps=KEEPS):
-    """{(projection, keep, seed): cosines [n, V]} from sketches of rows [n + V, D], the last V the validation means."""
+def curves(policy, train, means, seed, dim, dense_numbers, kinds=("sjlt", "rows", "rademacher", "gaussian"), keeps=KEEPS):
+    """{(projection, keep, seed): cosines [n, V]} from sketches of train [n, D] and of the validation means [V, D]."""
     shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
-    starts, total = Whole(policy).starts, rows.shape[1]
-    cells = [(kind, keep, seed) for kind in kinds for keep in keeps for seed in seeds
+    starts, n, total = Whole(policy).starts, *train.shape
+    cells = [(kind, keep, seed) for kind in kinds for keep in keeps
              if kind != "rademacher" or keep * total * dim <= dense_numbers]
-    grams = {cell: torch.zeros(len(rows), len(rows), dtype=torch.float64) for cell in cells if cell[0] == "gaussian"}
-    projections = {(kind, keep, seed): sketch.Projection(seed, keep, dim, "rademacher" if kind == "rademacher" else "sjlt",
-                                                         "rows" if kind == "rows" else "coordinates", "cpu")
-                   for kind, keep, seed in cells}
-    sums = {cell: projections[cell].zeros(len(rows)) for cell in cells if cell[0] != "gaussian"}
-    with tqdm(total=len(shapes) * len(cells), desc="projections", unit="parameter") as progress:
-        for name, shape in shapes.items():  # one parameter of all prompts in memory at a time
-            block = torch.from_numpy(np.ascontiguousarray(rows[:, starts[name]:starts[name] + shape.numel()]))
-            block = block.view(len(rows), *shape)
-            for cell in cells:
-                projection = projections[cell]
-                wanted, kept, _ = projection.draw(name, shape)
-                if cell[0] == "gaussian":
-                    for some in kept.split(2**20):
-                        part = block.flatten(1).index_select(1, some)
-                        grams[cell] += (part @ part.T).double()
-                else:
-                    projection.add(name, shape, block[:, wanted], sums[cell])
-                projection.drawn.clear()
-                progress.update()
-    found = {}
-    for cell in cells:
-        if cell[0] == "gaussian":
-            values, vectors = torch.linalg.eigh(grams[cell])
-            z = torch.randn(len(rows), dim, generator=torch.Generator().manual_seed(cell[2]), dtype=torch.float64)
-            sketches = vectors * values.clamp(min=0).sqrt() @ z
-        else:
-            sketches = projections[cell].sketches(sums[cell])
-        found[cell] = sketch_cosines(sketches, n)
-    return found
+    projections = {cell: sketch.Projection(seed, cell[1], dim, "rademacher" if cell[0] == "rademacher" else "sjlt",
+                                           "rows" if cell[0] == "rows" else "coordinates", "cpu") for cell in cells}
+    grams = {cell: torch.zeros(n + len(means), n + len(means)) for cell in cells if cell[0] == "gaussian"}
+    sums = {cell: projections[cell].zeros(n + len(means)) for cell in cells if cell[0] != "gaussian"}
+    for name, shape in tqdm(shapes.items(), desc=f"projections, seed {seed}", unit="parameter"):
+        here, step = slice(starts[name], starts[name] + shape.numel()), max(1, 2**25 // shape.numel())
+        for cell, gram in grams.items():
+            for some in projections[cell].draw(name, shape)[1].split(2**20):
+                part = torch.cat([rows[:, here].index_select(1, some).float() for rows in (train, means)])
+                gram += part @ part.T
+        for rows, first in ((train, 0), (means, n)):
+            for start in range(0, len(rows), step):  # rows of this parameter in float32: at most 2^25 numbers
+                block = rows[start:start + step, here].float().view(-1, *shape)
+                for cell, into in sums.items():
+                    wanted = projections[cell].draw(name, shape)[0]
+                    projections[cell].add(name, shape, block[:, wanted], into[first + start:first + start + len(block)])
+        for projection in projections.values():
+            projection.drawn.clear()
+    sketches = {cell: projections[cell].sketches(rows) for cell, rows in sums.items()}
+    for cell, gram in grams.items():
+        values, vectors = torch.linalg.eigh(gram.double())
+        z = torch.randn(len(gram), dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        sketches[cell] = vectors * values.clamp(min=0).sqrt() @ z
+    return {cell: sketch_cosines(sketches[cell], n) for cell in cells}
 
 
 def misread(gradients, kept, total, batch=16):
@@ -233,7 +180,6 @@ def misread(gradients, kept, total, batch=16):
 
 def faulty_curve(train, validation, seeds, dim):
     """The 32-bit imitation for whole gradients in memory; validation: a list of [n_v, D]."""
-    train, *validation = (torch.from_numpy(np.asarray(gradients)) for gradients in (train, *validation))
     total, found = train.shape[1], {}
     for keep in KEEPS[3:]:
         for seed in range(seeds):
@@ -253,24 +199,19 @@ def measure(world, args):
     model, train_path, *val_paths = (ROOT / "runs" / path for path in WORLDS[world])
     policy, seeds = sketch.load_policy(model, "cpu", "float32"), range(args.seeds)
     live, val_live = live_prompts(train_path, args.prompts), [live_prompts(path, args.prompts) for path in val_paths]
-    n, total = len(live), Whole(policy).dim
-    if world == "smollm2":
-        exact, found = streamed(policy, train_path, live, val_paths[0], val_live[0], args.seeds, args.dim, args.dense_numbers,
-                                args.keeps)
-    else:
-        train, *validation = (full_gradients(policy, path, prompts)
-                              for path, prompts in zip((train_path, *val_paths), (live, *val_live)))
-        rows = np.concatenate([train, *(gradients.mean(0, keepdims=True, dtype=np.float64) for gradients in validation)])
-        rows = rows.astype(np.float32)
-        exact, found = cosines(rows[:n], rows[n:]), {}
-        for seed in seeds:  # the sums of all would take 10 GB
-            found |= curves(policy, rows, n, [seed], args.dim, args.dense_numbers)
+    stored = torch.float32 if world == "toy" else torch.bfloat16
+    train = full_gradients(policy, train_path, live, stored)
+    means = torch.cat([mean_gradient(policy, path, prompts) for path, prompts in zip(val_paths, val_live)])
+    exact, found = cosines(train, means), {}
+    for seed in seeds:
+        found |= curves(policy, train, means, seed, args.dim, args.dense_numbers)
+    if world == "toy":
+        validation = [full_gradients(policy, path, prompts) for path, prompts in zip(val_paths, val_live)]
         found |= faulty_curve(train, validation, args.seeds, args.dim)
-        low = [full_gradients(policy.bfloat16(), path, prompts)
-               for path, prompts in zip((train_path, *val_paths), (live, *val_live))]
-        low = np.concatenate([low[0], *(gradients.mean(0, keepdims=True) for gradients in low[1:])])
+        low = full_gradients(policy.bfloat16(), train_path, live)
+        low_means = torch.cat([mean_gradient(policy, path, prompts) for path, prompts in zip(val_paths, val_live)])
         for seed in seeds:
-            found["bfloat16", 0.1, seed] = curves(policy, low, n, [seed], args.dim, 0, ["sjlt"], [0.1])["sjlt", 0.1, seed]
+            found["bfloat16", 0.1, seed] = curves(policy, low, low_means, seed, args.dim, 0, ["sjlt"], [0.1])["sjlt", 0.1, seed]
     table = {}
     for (kind, keep, _), value in found.items():
         table.setdefault(kind, {}).setdefault(str(keep), []).append(agreement(value, exact))
@@ -278,8 +219,9 @@ def measure(world, args):
                              "mean": round(float(np.mean([overlap for overlap, _ in cells])), 4),
                              "correlation": round(float(np.mean([correlation for _, correlation in cells])), 4)}
                       for keep, cells in curve.items()} for kind, curve in table.items()}
-    return {"command": "python experiments/sparse_ratio.py " + " ".join(sys.argv[1:]), "parameters": total, "live_prompts": n,
-            "selected": round(n / 10), "validation_sets": len(val_paths), "dim": args.dim, "seeds": args.seeds,
+    return {"command": "python experiments/sparse_ratio.py " + " ".join(sys.argv[1:]), "parameters": train.shape[1],
+            "live_prompts": len(live), "selected": round(len(live) / 10), "validation_sets": len(val_paths), "dim": args.dim,
+            "seeds": args.seeds, "stored_as": str(stored),
             "torch": torch.__version__, "transformers": transformers.__version__, "curves": summary}
 
 
@@ -308,7 +250,6 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="of the projection (5)")
     parser.add_argument("--prompts", type=int, default=300, help="with a gradient, at most (300)")
     parser.add_argument("--dim", type=int, default=32768)
-    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS, help="of smollm2 (all): 1.0 takes 1 GB a seed")
     parser.add_argument("--dense-numbers", type=float, default=5e9, help="largest Rademacher matrix that is tried (5e9)")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
