@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Every method of selection in the toy world, over seeds: the runs behind acceleration.py, selection.py, off_policy.py, cost.py.
+#
+#   bash experiments/acceleration.sh                 resumable; about 70 minutes on two CPU cores
+#   SEEDS="0 1" JOBS=1 bash experiments/acceleration.sh
+#
+# The seed draws the rollouts, the projection, the random choices, the order of the prompts and all of training's samples; data
+# and base policy are the same. Two seeds run side by side with one thread each (a policy this small gains little from a second
+# thread), the same method at about the same time; nothing else should run on the machine, since their seconds are compared.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ./setup.sh
+[ -e runs/toy-world/seconds.tsv ] || bash run_cropi.sh # makes the toy world
+export PYTHON OMP_NUM_THREADS=1 PHASES=4 STEPS=40 METHOD=random BASELINE="full cropi influence learnability passrate"
+mkdir -p runs/acceleration
+echo "progress: runs/acceleration/seed-*.log"
+printf '%s\n' ${SEEDS:-0 1 2 3} | xargs -P "${JOBS:-2}" -I {} bash -c \
+    'SEED={} RUN=runs/acceleration/seed-{} bash run_cropi.sh >>runs/acceleration/seed-{}.log 2>&1'
+"$PYTHON" experiments/acceleration.py

