@@ -7,15 +7,17 @@ beta is softmax(logits / temperature) and nothing else: no top-p, no top-k, no r
 the checkpoint's generation_config.json but its end tokens. Each token's log beta is stored, so that at theta = theta(0)
 every ratio is 1. The end token belongs to the response; a response cut at --max-new-tokens has none.
 
-Reads   --data   a local .jsonl or .parquet file, or a hub data set `name[:config[:split]]`. A prompt is a string or a list of
+Reads   --data   local .jsonl or .parquet files, or hub data sets `name[:config[:split]]`. A prompt is a string or a list of
                  chat messages; a chat template is applied where the tokenizer has one.
-Writes  --out    rollouts.pt, for N prompts with K responses each (torch.load with weights_only=True); ragged arrays are flat
+Writes  --out    one for each of --data, or a single one for all of them together (a pool of several data sets):
+                 rollouts.pt, for N prompts with K responses each (torch.load with weights_only=True); ragged arrays are flat
                  with offsets, responses prompt-major (response k of prompt i is number i*K + k):
                      prompt_tokens    int32   [sum of prompt lengths]     prompt_offsets   int64 [N + 1]
                      response_tokens  int32   [sum of response lengths]   response_offsets int64 [N*K + 1]
                      logprobs         float32 [sum of response lengths]   log beta(token | prompt, tokens before it)
                      rewards          float32 [N, K]                      1 = the verifier accepts, 0 = it does not
-                     answers, families    list[str], N each (a family is '' where the data has no --family-key column)
+                     answers, families    list[str], N each (a family is the --family-key column's; where there is none, the
+                                          data set's name in a pool of several, else '')
                      meta                 dict: model, temperature, max_new_tokens, eos_ids, verifier, seed, k, data, format
                  --k 0 stores prompts and answers only: a test set for train_grpo.py --eval.
 
@@ -25,8 +27,8 @@ one file system) the batches are dealt out by cost; the bytes are those of one p
 Departs from the authors' release: tokens are kept as sampled (re-tokenizing text loses the end token), and log-probs are
 those of the distribution sampled from, temperature included.
 
-    python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --prompt-key question \\
-        --instruction ' Put the final answer in \\boxed{}.' --max-new-tokens 1024 --out rollouts.pt
+    python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --max-new-tokens 1024 \\
+        --instruction ' Put the final answer in \\boxed{}.' --out rollouts.pt
     python collect.py --model runs/toy-world/base --data runs/toy-world/train.jsonl --verifier exact \\
         --max-new-tokens 10 --out train.pt
     torchrun --nproc_per_node 8 collect.py --model MODEL --data DATA --out rollouts.pt --dtype bfloat16
@@ -88,8 +90,11 @@ def end_tokens(name, tokenizer):
     return ids or fail(name, "no end token", "eos_token_id in generation_config.json or in the tokenizer", "add one")
 
 
-def load_examples(source, prompt_key, answer_key, family_key, limit):
-    """[(prompt, answer, family)] of a local .jsonl or .parquet file or of a hub data set `name[:config[:split]]`."""
+def load_examples(source, prompt_keys, answer_keys, family_key, limit):
+    """[(prompt, answer, family)] of a local .jsonl or .parquet file or of a hub data set `name[:config[:split]]`.
+
+    The prompt's column is the first of prompt_keys that the data has, the answer's likewise.
+    """
     path = Path(source)
     local = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
     if local and not path.is_file():
@@ -106,9 +111,9 @@ def load_examples(source, prompt_key, answer_key, family_key, limit):
     except Exception as error:  # datasets wraps the reason: its cause says which line
         fail(source, f"unreadable data ({error.__cause__ or error})", "one JSON object a line, parquet or a hub data set",
              "mend the data")
-    for key in (prompt_key, answer_key):
-        if key not in rows.column_names:
-            fail(source, f"columns {rows.column_names}", f"a column '{key}'", "set --prompt-key and --answer-key")
+    prompt_key, answer_key = (next((key for key in keys if key in rows.column_names), None) or fail(
+        source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}", "set --prompt-key and --answer-key")
+        for keys in (prompt_keys, answer_keys))
     examples = []
     for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
         if row[answer_key] is None or not str(row[answer_key]).strip():
@@ -256,9 +261,14 @@ def replacing(path):
     os.replace(part, path)
 
 
+def parts_of(out):
+    """The folder OUT.parts, where every finished batch leaves a file until the whole run is done."""
+    return out.with_name(out.name + ".parts")
+
+
 def unfinished(out, settings):
-    """The folder OUT.parts, where every finished batch leaves a file; emptied if it was made with other settings."""
-    folder, text = out.with_name(out.name + ".parts"), json.dumps(settings)
+    """parts_of(out), emptied if it was made with other settings."""
+    folder, text = parts_of(out), json.dumps(settings)
     note = folder / "settings.json"
     if RANK == 0 and not (note.exists() and note.read_text() == text):
         shutil.rmtree(folder, ignore_errors=True)
@@ -277,59 +287,37 @@ def fingerprint(policy):
     return digest.hexdigest()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="behaviour policy: a Hugging Face folder or hub name")
-    parser.add_argument("--data", required=True, help=".jsonl, .parquet or hub data set name[:config[:split]]")
-    parser.add_argument("--out", required=True, type=Path, help="rollouts.pt to write")
-    parser.add_argument("--k", type=int, default=8, help="responses a prompt (8); 0 stores prompts and answers only")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled distribution (1.0)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of a response (1024)")
-    parser.add_argument("--verifier", choices=["math", "exact"], default="math", help="how answers are compared (math)")
-    parser.add_argument("--prompt-key", default="prompt", help="column of the prompt (prompt)")
-    parser.add_argument("--answer-key", default="answer", help="column of the answer (answer)")
-    parser.add_argument("--family-key", default="family", help="column with a prompt's kind, for plots only (family)")
-    parser.add_argument("--instruction", default="", help="text appended to every string prompt")
-    parser.add_argument("--limit", type=int, help="use the first LIMIT examples only")
-    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
-    parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.k < 0 or args.temperature <= 0 or args.max_new_tokens < 1:
-        parser.error("--k must be >= 0, --temperature > 0 and --max-new-tokens >= 1")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
-    if WORLD > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
+def read_prompts(args, tokenizer, sources):
+    """The examples of all `sources`, and their prompts as token ids."""
+    examples, prompts = [], []
+    context = getattr(AutoConfig.from_pretrained(args.model).get_text_config(), "max_position_embeddings", sys.maxsize)
+    for source in sources:
+        loaded = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
+        for number, (prompt, answer, family) in enumerate(loaded, start=1):
+            examples.append((prompt, answer, family or (source if len(sources) > 1 else "")))
+            prompts.append(encode_prompt(prompt, args.instruction, tokenizer))
+            if len(prompts[-1]) + args.max_new_tokens > context:
+                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})", f"at most {context} tokens with "
+                     f"--max-new-tokens {args.max_new_tokens}", "drop the example or lower --max-new-tokens")
+    return examples, prompts
 
-    tokenizer = load_tokenizer(args.model)
-    examples = load_examples(args.data, args.prompt_key, args.answer_key, args.family_key, args.limit)
-    prompts = [encode_prompt(prompt, args.instruction, tokenizer) for prompt, _, _ in examples]
+
+def collect_file(args, tokenizer, policy, sources, examples, prompts, out):
+    """One rollouts.pt. Its parts stay: a run that was killed later on need not sample again."""
     answers = [answer for _, answer, _ in examples]
-    config = AutoConfig.from_pretrained(args.model).get_text_config()
-    context = getattr(config, "max_position_embeddings", sys.maxsize)
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) + args.max_new_tokens > context:
-        fail(args.data, f"a prompt of {len(prompts[longest])} tokens (example {longest + 1})", f"at most {context} tokens "
-             f"with --max-new-tokens {args.max_new_tokens}", "drop the example or lower --max-new-tokens")
     eos_ids = end_tokens(args.model, tokenizer)
     n, k = len(prompts), args.k
-    meta = {"format": FORMAT, "model": args.model, "data": args.data, "k": k, "temperature": args.temperature,
+    meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k, "temperature": args.temperature,
             "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids, "verifier": args.verifier, "seed": args.seed}
     responses, logprobs, rewards = [[]] * (n * k), [[]] * (n * k), torch.zeros(n, k)
-    with replacing(args.out) if RANK == 0 else nullcontext() as file:
+    with replacing(out) if RANK == 0 else nullcontext() as file:
         if k:
-            policy = load_policy(args.model, args.device, args.dtype)
             costs = [k * (len(p) + args.max_new_tokens) for p in prompts]
             plan = batches_by_tokens(costs, args.kv_tokens)  # one for all processes
             mine = deal([len(batch) * costs[batch[0]] for batch in plan], WORLD)[RANK]
-            folder = unfinished(args.out, [meta, stream_seed(prompts, answers), fingerprint(policy), args.engine,
-                                           args.dtype, args.kv_tokens])
-            progress = tqdm(total=sum(len(plan[i]) for i in mine), desc=f"collect {args.out.name}", unit="prompt",
+            folder = unfinished(out, [meta, stream_seed(prompts, answers), fingerprint(policy), args.engine, args.dtype,
+                                      args.kv_tokens])
+            progress = tqdm(total=sum(len(plan[i]) for i in mine), desc=f"collect {out.name}", unit="prompt",
                             disable=RANK > 0)
             for batch, part in ((plan[i], folder / f"{i}.pt") for i in mine):
                 if not part.exists():
@@ -356,11 +344,54 @@ def main():
                     "response_offsets": response_offsets, "logprobs": flat(logprobs, torch.float32)[0], "rewards": rewards,
                     "answers": answers, "families": [family for _, _, family in examples], "meta": meta}
         torch.save(rollouts, file)
-    if k:
-        shutil.rmtree(folder)
     summary = f"; mean reward {rewards.mean():.3f}, {(rewards.std(1) > 0).float().mean():.0%} of prompts with a " \
               f"reward variance, {len(response_tokens)} response tokens" if k > 1 else ""
-    print(f"{args.out}: {n} prompts x {k} responses{summary}")
+    print(f"{out}: {n} prompts x {k} responses{summary}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="behaviour policy: a Hugging Face folder or hub name")
+    parser.add_argument("--data", required=True, nargs="+", help=".jsonl, .parquet or hub data set name[:config[:split]]")
+    parser.add_argument("--out", required=True, nargs="+", type=Path, help="a rollouts.pt for each of --data, or one for all")
+    parser.add_argument("--k", type=int, default=8, help="responses a prompt (8); 0 stores prompts and answers only")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled distribution (1.0)")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of a response (1024)")
+    parser.add_argument("--verifier", choices=["math", "exact"], default="math", help="how answers are compared (math)")
+    parser.add_argument("--prompt-key", nargs="+", default=["prompt", "question", "problem"],
+                        help="column of the prompt: the first that the data has (prompt question problem)")
+    parser.add_argument("--answer-key", nargs="+", default=["answer", "solution"],
+                        help="column of the answer, likewise (answer solution)")
+    parser.add_argument("--family-key", default="family", help="column with a prompt's kind, for plots only (family)")
+    parser.add_argument("--instruction", default="", help="text appended to every string prompt")
+    parser.add_argument("--limit", type=int, help="use the first LIMIT examples of each data set only")
+    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
+    parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.k < 0 or args.temperature <= 0 or args.max_new_tokens < 1:
+        parser.error("--k must be >= 0, --temperature > 0 and --max-new-tokens >= 1")
+    if len(args.out) not in (1, len(args.data)):
+        parser.error("--out must name one file for each of --data, or a single one")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
+    if WORLD > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
+    tokenizer = load_tokenizer(args.model)
+    files = [(args.data, args.out[0])] if len(args.out) == 1 else [([data], out) for data, out in zip(args.data, args.out)]
+    files = [(sources, *read_prompts(args, tokenizer, sources), out) for sources, out in files]
+    policy = load_policy(args.model, args.device, args.dtype) if args.k else None
+    for file in files:
+        collect_file(args, tokenizer, policy, *file)
+    barrier()
+    for out in args.out if RANK == 0 else ():
+        shutil.rmtree(parts_of(out), ignore_errors=True)
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

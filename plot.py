@@ -54,7 +54,7 @@ def read_run(folder):
         fail(folder, "no finished phase", "phase-0/policy/metrics.jsonl", "run run_cropi.sh to the end of a phase")
     method = folder.resolve().name
     needs = {"full": (), "random": (), "passrate": ("train",), "learnability": ("train",)}.get(
-        method, [stage for stage in collected if stage == "train" or stage.startswith("val_")])
+        method, ("train", "val"))
     return {"method": method, "phases": phases, "collection": sum(float(collected[stage]) for stage in needs),
             "rewards": rollouts["rewards"].numpy(), "families": rollouts["families"]}
 

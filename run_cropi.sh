@@ -28,11 +28,11 @@ else
 fi
 RUN=${RUN:-runs/$(basename "$MODEL")} # folder of everything this makes
 BASELINE=${BASELINE:-}
-TRAIN=${TRAIN:-}                      # train prompts: .jsonl, .parquet or hub data set name[:config[:split]]
+TRAIN=${TRAIN:-}                      # train prompts: .jsonl, .parquet or hub data sets name[:config[:split]]
 VAL=${VAL:-}                          # validation sets, name=source, separated by spaces
 TEST=${TEST:-}                        # test sets, likewise
-PROMPT_KEY=${PROMPT_KEY:-prompt}      # column of the prompt
-ANSWER_KEY=${ANSWER_KEY:-answer}      # column of the answer
+PROMPT_KEY=${PROMPT_KEY:-prompt question problem}    # column of the prompt: the first that the data has
+ANSWER_KEY=${ANSWER_KEY:-answer solution}            # column of the answer, likewise
 INSTRUCTION=${INSTRUCTION:-}          # text appended to every prompt
 VERIFIER=${VERIFIER:-math}            # math | exact
 VAL_LIMIT=${VAL_LIMIT:-100}           # prompts of a validation set that are used
@@ -109,25 +109,24 @@ ROLLOUTS=$RUN/rollouts
 settings "$ROLLOUTS" MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K K_VAL TEMPERATURE \
     MAX_NEW_TOKENS ENGINE DTYPE SEED
 
-collect() { # NAME SOURCE K [ARGUMENT...]
-    local name=$1 source=$2 k=$3
-    shift 3
-    stage "$ROLLOUTS" "$name" "$PYTHON" collect.py --model "$MODEL" --data "$source" --out "$ROLLOUTS/$name.pt" --k "$k" \
-        --temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" --prompt-key "$PROMPT_KEY" \
-        --answer-key "$ANSWER_KEY" --instruction "$INSTRUCTION" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" \
-        --dtype "$DTYPE" --seed "$SEED" "$@"
+collect() { # NAME K ARGUMENT...
+    local name=$1 k=$2
+    shift 2
+    stage "$ROLLOUTS" "$name" "$PYTHON" collect.py --model "$MODEL" --k "$k" --temperature "$TEMPERATURE" \
+        --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" --prompt-key $PROMPT_KEY --answer-key $ANSWER_KEY \
+        --instruction "$INSTRUCTION" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --dtype "$DTYPE" --seed "$SEED" "$@"
 }
 
-val_rollouts=() val_names=() tests=()
-collect train "$TRAIN" "$K"
+val_sources=() val_names=() val_rollouts=() test_sources=() tests=()
 for pair in $VAL; do
-    collect "val_${pair%%=*}" "${pair#*=}" "$K_VAL" --limit "$VAL_LIMIT"
-    val_names+=("val_${pair%%=*}") val_rollouts+=("$ROLLOUTS/val_${pair%%=*}.pt")
+    val_sources+=("${pair#*=}") val_names+=("val_${pair%%=*}") val_rollouts+=("$ROLLOUTS/val_${pair%%=*}.pt")
 done
 for pair in $TEST; do
-    collect "${pair%%=*}" "${pair#*=}" 0
-    tests+=("$ROLLOUTS/${pair%%=*}.pt")
+    test_sources+=("${pair#*=}") tests+=("$ROLLOUTS/${pair%%=*}.pt")
 done
+collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
+collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
+[ -z "$TEST" ] || collect test 0 --data "${test_sources[@]}" --out "${tests[@]}"
 
 # ---- stages 2 to 4, phase after phase ------------------------------------------------------------------------------
 run_method() { # METHOD

@@ -350,9 +350,14 @@ def replacing(path):
     os.replace(part, path)
 
 
+def parts_of(out):
+    """The folder OUT.parts, where every finished batch leaves a file until the whole run is done."""
+    return out.with_name(out.name + ".parts")
+
+
 def unfinished(out, settings):
-    """The folder OUT.parts, where every finished batch leaves a file; emptied if it was made with other settings."""
-    folder, text = out.with_name(out.name + ".parts"), json.dumps(settings)
+    """parts_of(out), emptied if it was made with other settings."""
+    folder, text = parts_of(out), json.dumps(settings)
     note = folder / "settings.json"
     if RANK == 0 and not (note.exists() and note.read_text() == text):
         shutil.rmtree(folder, ignore_errors=True)
@@ -424,7 +429,8 @@ def fingerprint(policy):
 
 
 def sketch_file(sketcher, path, out, identity, batch_tokens):
-    """One rollouts.pt to one sketch and its sidecar. identity: what the sidecar says of policy and projection."""
+    """One rollouts.pt to one sketch and its sidecar. identity: what the sidecar says of policy and projection. Its parts stay:
+    a run that is killed later on does not sketch again."""
     began, rollouts = time.perf_counter(), load_rollouts(path)
     prompts, responses, rewards = rollouts["prompts"], rollouts["responses"], rollouts["rewards"]
     n, k = rewards.shape
@@ -463,7 +469,6 @@ def sketch_file(sketcher, path, out, identity, batch_tokens):
                "tokens": sum(len(responses[i * k + j]) for i in live for j in range(k))}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
-    shutil.rmtree(folder)
     print(f"{out}: {n} prompts, {n - len(live)} skipped for equal rewards, {sidecar['seconds']} s")
 
 
@@ -499,6 +504,9 @@ def main():
     sketcher = make_sketcher(policy, Projection(args.seed, args.keep, args.dim, args.projection, args.drop, policy.device))
     for path, out in zip(args.rollouts, args.out):
         sketch_file(sketcher, path, out, identity, args.batch_tokens)
+    barrier()
+    for out in args.out if RANK == 0 else ():
+        shutil.rmtree(parts_of(out))
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 

@@ -176,7 +176,7 @@ def test_no_prompt_with_a_variance(files, refuses, tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ("", "an empty file"), ('{"prompt": "1+1=", "answer": "2"}\nnot json\n', "unreadable data"),
-    ('{"question": "1+1=", "answer": "2"}\n', "columns ['question', 'answer']"),
+    ('{"query": "1+1=", "answer": "2"}\n', "columns ['query', 'answer']; expected a column prompt or question"),
     ('{"prompt": "1+1=", "answer": " "}\n', "an empty answer in example 1"),
     ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "", "answer": "2"}\n', "an empty prompt in example 2"),
     (json.dumps({"prompt": "1+" * 40, "answer": "2"}) + "\n", "a prompt of 80 tokens (example 1)")])

@@ -117,8 +117,46 @@ def test_local_data(kind, tmp_path):
     path = str(tmp_path / f"data.{kind}")
     data.to_json(path) if kind == "jsonl" else data.to_parquet(path)
     load = collect.load_examples
-    assert load(path, "question", "answer", "family", None) == [("1+1=", "one and one #### 2", ""), ("3+3=", "#### 6", "")]
-    assert load(path, "chat", "answer", "question", 1) == [(chat, "one and one #### 2", "1+1=")]
+    found = load(path, ["prompt", "question"], ["answer"], "family", None)
+    assert found == [("1+1=", "one and one #### 2", ""), ("3+3=", "#### 6", "")]
+    assert load(path, ["chat"], ["answer"], "question", 1) == [(chat, "one and one #### 2", "1+1=")]
+
+
+SCHEMAS = {  # columns of the hub's data sets, and the reward of a right and of a wrong response to their first row
+    "openai/gsm8k": {"question": "Tom has 3 apples and buys 4. How many?", "answer": "3+4=<<3+4=7>>7 apples.\n#### 7"},
+    "EleutherAI/hendrycks_math": {"problem": "What is $3+4$?", "level": "Level 1", "type": "Algebra",
+                                  "solution": "We add $3$ and $4$: $\\boxed{7}$."},
+    "HuggingFaceH4/MATH-500": {"problem": "What is $3+4$?", "solution": "We add: $\\boxed{7}$.", "answer": "7",
+                               "subject": "Algebra", "level": 1, "unique_id": "test/algebra/1.json"},
+    "agentica-org/DeepScaleR-Preview-Dataset": {"problem": "What is $3+4$?", "answer": "7", "solution": "We add."}}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_columns_of_hub_data_sets_are_found(name, tmp_path):
+    path = str(tmp_path / "data.parquet")
+    datasets.Dataset.from_list([SCHEMAS[name]] * 3).to_parquet(path)
+    examples = collect.load_examples(path, ["prompt", "question", "problem"], ["answer", "solution"], "family", 2)
+    assert len(examples) == 2
+    prompt, answer, _ = examples[0]
+    assert prompt == SCHEMAS[name].get("problem", SCHEMAS[name].get("question"))
+    assert collect.verify("I add. \\boxed{7}", answer, "math") == 1 and collect.verify("\\boxed{3}", answer, "math") == 0
+
+
+def test_a_pool_of_several_data_sets_and_several_files_at_once(world, tmp_path, call):
+    """One --out: a pool, its families the column's or the data set's name. As many as --data: each its own."""
+    lines = (world / "train.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    sources = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    sources[0].write_text("\n".join(lines[:3]))
+    sources[1].write_text(json.dumps({"problem": row["prompt"], "solution": row["answer"]}))
+    arguments = ["--model", world / "base", "--k", 2, "--verifier", "exact", "--max-new-tokens", 4, "--data", *sources, "--out"]
+    assert call(collect, *arguments, tmp_path / "pool.pt")[0] == 0
+    assert call(collect, *arguments, tmp_path / "one.pt", tmp_path / "two.pt")[0] == 0
+    pool, one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("pool", "one", "two"))
+    assert pool["families"] == [row["family"]] * 3 + [str(sources[1])] and two["families"] == [""]
+    assert pool["answers"] == one["answers"] + two["answers"] and len(one["answers"]) == 3
+    assert pool["response_tokens"][:len(one["response_tokens"])].tolist() == one["response_tokens"].tolist()
+    assert not list(tmp_path.glob("*.part*"))
 
 
 @pytest.mark.parametrize("response, answer, verifier, reward", [

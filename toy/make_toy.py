@@ -2,7 +2,7 @@
 
 Writes, into one folder,
 
-    train.jsonl                      12 families x 200 prompts: the pool that CROPI selects from
+    train.jsonl                      12 families, 2400 prompts: the pool that CROPI selects from
     val_sort.jsonl, val_dbl.jsonl    the two targeted validation sets, 100 prompts each
     test_targeted.jsonl              sort and dbl, 200 prompts each
     test_untargeted.jsonl            the other ten families, 40 prompts each
@@ -123,7 +123,7 @@ def write_data(folder: Path, families: dict, sizes: dict, rng: random.Random) ->
     seen, files = set(), {}
     for family, make in families.items():
         targeted = family in TARGETED
-        for file, n in (("train", sizes["train"]), (f"val_{family}", sizes["val"] if targeted else 0),
+        for file, n in (("train", sizes["train"][0 if targeted else 1]), (f"val_{family}", sizes["val"] if targeted else 0),
                         ("test_targeted" if targeted else "test_untargeted", sizes["test"][0 if targeted else 1])):
             while n:
                 prompt, answer, _ = make(rng)
@@ -176,10 +176,10 @@ def main():
     part = args.out / "base.part"
     shutil.rmtree(part, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    families, sizes = FAMILIES, {"train": 200, "val": 100, "test": (200, 40)}
+    families, sizes = FAMILIES, {"train": (100, 220), "val": 100, "test": (200, 40)}  # (targeted, other) family
     if args.micro:
         families = {family: FAMILIES[family] for family in (*TARGETED, "count", "next")}
-        sizes = {"train": 30, "val": 8, "test": (6, 6)}
+        sizes = {"train": (30, 30), "val": 8, "test": (6, 6)}
     held_out = write_data(args.out, families, sizes, random.Random(args.seed))
     if not (args.out / "base").exists():
         train_base(part, families, held_out, args.sft_steps, random.Random(args.seed + 1), args.seed)
