@@ -54,6 +54,7 @@ from transformers.pytorch_utils import Conv1D
 FORMAT = 1  # of rollouts.pt
 KNOWN = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: the layers of prompt_gradients
 CHUNK = 2**22  # numbers of a layer's gradients that exist at once, unless a single gradient has more
+LOGITS = 2**27  # logits that exist at once, unless a single response has more
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
 
@@ -77,35 +78,48 @@ def group_advantage(rewards):
     return torch.where(std > 0, advantages, torch.zeros_like(advantages))
 
 
-def group_logprobs(policy, prompts, responses, temperature):
-    """log pi(x_t | s_t) of each response token under softmax(logits / temperature), n responses to each of b prompts.
+def output_logits(policy, hidden):
+    """Logits [B, T, V] of hidden states [B, T, H]: the output layer and, in Gemma 2, its soft cap."""
+    logits, cap = policy.get_output_embeddings()(hidden), getattr(policy.config, "final_logit_softcapping", None)
+    return cap * (logits / cap).tanh() if cap else logits
 
-    prompts: b sequences of token ids; responses: b * n, prompt-major. Returns logp [b * n, R] (0 where there is no token)
-    and its bool mask [b * n, R], R the longest response. A prompt is read once: its n responses share its keys and values,
-    through which their gradients meet. Prompts are padded on the left and masked, responses on the right, where a causal
-    model's tokens cannot look: padding and batch mates change nothing but the last float digits.
+
+def group_hidden(policy, prompts, responses):
+    """What predicts each response token, n responses to each of b prompts: hidden states [b * n, R, H], R the longest response.
+
+    prompts: b sequences of token ids; responses: b * n, prompt-major. Also returns the response tokens [b * n, R] and the bool
+    mask [b * n, R] of those that exist. A prompt is read once: its n responses share its keys and values, through which their
+    gradients meet. Prompts are padded on the left and masked, responses on the right, where a causal model's tokens cannot
+    look: padding and batch mates change nothing but the last float digits.
     """
     pad, device, n = nn.utils.rnn.pad_sequence, policy.device, len(responses) // len(prompts)
     tokens = pad([torch.as_tensor(p).long() for p in prompts], batch_first=True, padding_side="left").to(device)  # [b, P]
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]
     places = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative where there is no token
     cache, seen = DynamicCache(config=policy.config), (places >= 0).long()
-    first = policy(tokens, attention_mask=seen, position_ids=places.clamp(min=0), past_key_values=cache,
-                   logits_to_keep=1).logits  # [b, 1, V]
+    trunk = policy.base_model  # without the output layer, whose logits are made a few rows at a time
+    hidden = trunk(tokens, attention_mask=seen, position_ids=places.clamp(min=0), past_key_values=cache)[0]  # [b, P, H]
+    hidden = hidden[:, -1:].repeat_interleave(n, 0)  # a prompt's last token predicts the first token of each response
 
     targets = pad([torch.as_tensor(r).long() for r in responses], batch_first=True).to(device)  # [b * n, R]
     steps = torch.arange(targets.shape[1], device=device)
     mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]
-    logits = [first.repeat_interleave(n, 0)]  # the prompt's last token predicts the first token of each response
     if len(steps) > 1:
         cache.batch_repeat_interleave(n)
         inputs = targets[:, :-1]
         seen = torch.cat([seen.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
-        logits.append(policy(inputs, attention_mask=seen, position_ids=lengths.repeat_interleave(n, 0) + steps[:-1],
-                             past_key_values=cache).logits)  # [b * n, R - 1, V]
-    logp = [-F.cross_entropy(some.float().div(temperature).flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
-            for some, tokens in zip(logits, (targets[:, :1], targets[:, 1:]))]
-    return torch.cat(logp, 1).masked_fill(~mask, 0), mask
+        hidden = torch.cat([hidden, trunk(inputs, attention_mask=seen, past_key_values=cache,
+                                          position_ids=lengths.repeat_interleave(n, 0) + steps[:-1])[0]], 1)
+    return hidden, targets, mask
+
+
+def token_logprobs(policy, hidden, targets, mask, temperature):
+    """log pi(x_t | s_t) under softmax(logits / temperature) of tokens `targets` [B, R] from hidden states [B, R, H].
+
+    Returns [B, R], 0 where the bool mask [B, R] says that there is no token.
+    """
+    logits = output_logits(policy, hidden).float() / temperature  # [B, R, V]
+    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(mask.shape).masked_fill(~mask, 0)
 
 
 def token_ratio(logp, logp_beta):
@@ -223,7 +237,7 @@ class Sketcher:
     """g~ of batches of prompts at one policy; `fast` says whether one backward pass serves many prompts."""
 
     def __init__(self, policy, projection, fast=True):
-        self.policy, self.projection = policy, projection
+        self.policy, self.projection, self.head = policy, projection, policy.get_output_embeddings()
         self.names = {parameter: name for name, parameter in policy.named_parameters()}
         modules = [m for m in policy.modules() if next(m.parameters(recurse=False), None) is not None]
         known = all(type(m) in KNOWN or type(m).__name__.endswith("RMSNorm") for m in modules)  # no subclass
@@ -233,22 +247,31 @@ class Sketcher:
 
     def watch(self, module, inputs, output):
         x = inputs[0].detach() if isinstance(module, KNOWN) else output.detach()
+        if module is self.head:
+            if output.requires_grad:
+                output.register_hook(lambda delta: self.meet(module, [(x, delta)], self.chunk))
+            return
         if not output.requires_grad:  # an embedding's: the graph starts here, since the weights are frozen
             output.requires_grad_()
-        self.calls.setdefault(module, []).append(None)  # one for the prompts, one for the responses
-        output.register_hook(lambda delta, call=len(self.calls[module]) - 1: self.meet(module, call, x, delta))
+        calls = self.calls.setdefault(module, [])
+        calls.append(None)  # one for the prompts, one for the responses
+        output.register_hook(lambda delta, call=len(calls) - 1: self.arrive(module, calls, call, x, delta))
+
+    def arrive(self, module, calls, call, x, delta):
+        calls[call] = x, delta
+        if None not in calls:
+            self.meet(module, calls, self.sums)
+            calls.clear()
 
     @torch.no_grad()
-    def meet(self, module, call, x, delta):
-        delta = delta.reshape(len(self.sums), -1, delta.shape[-1])  # [b, tokens of a prompt's rows, out]
-        self.calls[module][call] = x.reshape(*delta.shape[:2], -1), delta
-        if None in self.calls[module]:
-            return
-        step = max(1, CHUNK // module.weight.numel())  # prompts at a time: as many as CHUNK allows, or one
-        x, delta = (torch.cat(parts, 1).split(step) for parts in zip(*self.calls.pop(module)))
-        for part, sums in enumerate(self.sums.split(step)):
+    def meet(self, module, calls, sums):
+        """Adds a layer's part to sums [b, 2 dim] from calls [(inputs, gradients at the outputs)], each of all b prompts."""
+        step, b = max(1, CHUNK // module.weight.numel()), len(sums)  # prompts at a time: as many as CHUNK allows, or one
+        x, delta = (torch.cat([part.reshape(b, -1, part.shape[-1] if part.is_floating_point() else 1) for part in parts], 1)
+                    .split(step) for parts in zip(*calls))  # [b, tokens of a prompt's rows, in or out]
+        for part, some in enumerate(sums.split(step)):
             for parameter, gradients in prompt_gradients(module, x[part], delta[part].float(), self.wanted):
-                self.projection.add(self.names[parameter], parameter.shape, gradients, sums)
+                self.projection.add(self.names[parameter], parameter.shape, gradients, some)
 
     def wanted(self, parameter):
         return self.projection.draw(self.names[parameter], parameter.shape)[0]
@@ -256,17 +279,25 @@ class Sketcher:
     def __call__(self, prompts, responses, logp_beta, advantages, k, temperature):
         """prompts: b sequences of token ids; responses (b * n sequences), logp_beta (b * n tensors [|tau|]) and
         advantages [b * n], prompt-major: n of each prompt's K trajectories. Returns their part of g~, [b, dim]."""
-        self.sums, self.calls = self.projection.zeros(len(prompts)), {}
-        logp, mask = group_logprobs(self.policy, prompts, responses, temperature)
-        beta = torch.zeros_like(logp).masked_scatter_(mask, torch.cat(logp_beta).to(logp))
-        surrogate = off_policy_surrogate(logp, beta, advantages.to(logp), mask, k)
-        if self.fast:
-            surrogate.backward()  # the hooks fill self.sums
-        else:
-            gradients = torch.autograd.grad(surrogate, list(self.names), materialize_grads=True)
-            for parameter, gradient in zip(self.names, gradients):
-                kept = gradient[self.wanted(parameter)].float()
-                self.projection.add(self.names[parameter], parameter.shape, kept[None], self.sums)
+        self.sums, self.calls, n = self.projection.zeros(len(prompts)), {}, len(responses) // len(prompts)
+        hidden, targets, mask = group_hidden(self.policy, prompts, responses)
+        beta = torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, torch.cat(logp_beta).float().to(mask.device))
+        leaf, advantages = hidden.detach().requires_grad_(), advantages.to(mask.device)
+        vocabulary = self.policy.config.get_text_config().vocab_size
+        rows = max(1, LOGITS // (mask.shape[1] * vocabulary))  # whose logits exist at once
+        block = max(n, rows // n * n)  # of whole prompts, or parts of a single one
+        for start in range(0, len(responses), block):
+            self.chunk = self.sums[start // n:(start + block) // n]
+            for some in torch.arange(start, min(start + block, len(responses)), device=mask.device).split(rows):
+                logp = token_logprobs(self.policy, leaf[some], targets[some], mask[some], temperature)
+                off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k).backward()
+        hidden.backward(leaf.grad)  # in fast mode the hooks have filled self.sums after this
+        if not self.fast:
+            for parameter, name in self.names.items():
+                if parameter.grad is not None:
+                    kept = parameter.grad[self.wanted(parameter)].float()
+                    self.projection.add(name, parameter.shape, kept[None], self.sums)
+                    parameter.grad = None
         return self.projection.sketches(self.sums)
 
     def close(self):
@@ -280,7 +311,11 @@ def make_sketcher(policy, projection):
     made_up = [torch.randint(policy.get_input_embeddings().num_embeddings, (n,), generator=rng) for n in (3, 5, 4, 6, 2, 5)]
     prompts, responses, advantages = made_up[:2], made_up[2:], torch.tensor([1.0, -1.0, 0.5, 1.0])
     with torch.no_grad():
-        logp, mask = group_logprobs(policy, prompts, responses, 1.0)
+        hidden, targets, mask = group_hidden(policy, prompts, responses)
+        own = policy(prompts[0][None].to(policy.device)).logits[0, -1]
+        if not torch.allclose(output_logits(policy, hidden)[0, 0], own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+            fail(policy.name_or_path, "logits that are scaled after the output layer", "a model without that", "choose another")
+        logp = token_logprobs(policy, hidden, targets, mask, 1.0)
     beta = [row[here].cpu() for row, here in zip(logp, mask)]  # so that every ratio is 1
     plain = Sketcher(policy, projection, fast=False)
     truth = torch.cat([plain(prompts[i:i + 1], *(x[2 * i:2 * i + 2] for x in (responses, beta, advantages)), 2, 1.0)

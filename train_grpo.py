@@ -45,6 +45,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 FORMAT = 1  # of rollouts.pt
+LOGITS = 2**27  # logits that exist at once, unless a single response has more
 
 
 def fail(file, found, expected, mend):
@@ -87,25 +88,70 @@ def grpo_objective(logp, logp_old, logp_ref, advantages, mask, clip, kl_coef):
     return (tokens * mask).sum(1) / mask.sum(1)
 
 
-def response_logprobs(policy, prompts, responses, temperature):
-    """log pi(x_t | s_t) of each response token under softmax(logits / temperature).
+def last_hidden(policy, tokens, **inputs):
+    """The hidden states [B, T, H] that the policy's output layer turns into logits, which are not made for all T."""
+    found = []
+    hook = policy.base_model.register_forward_hook(lambda module, arguments, output: found.append(output[0]))
+    try:
+        policy(tokens, logits_to_keep=1, **inputs)
+    finally:
+        hook.remove()
+    return found[0]
 
-    prompts, responses: B sequences of token ids. Returns logp [B, R] (0 where there is no token) and its bool mask [B, R],
-    R the longest response. Rows are padded on the right, where a causal model's tokens cannot look: padding and batch
-    mates change nothing but the last float digits.
+
+def output_logits(policy, hidden):
+    """Logits [B, T, V] of hidden states [B, T, H]: the output layer and, in Gemma 2, its soft cap."""
+    logits, cap = policy.get_output_embeddings()(hidden), getattr(policy.config, "final_logit_softcapping", None)
+    return cap * (logits / cap).tanh() if cap else logits
+
+
+def check_output_logits(policy, name):
+    """Refuses a model whose own logits are not those of output_logits (some models scale them)."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=policy.device)
+    with torch.no_grad():
+        if not torch.allclose(policy(tokens).logits, output_logits(policy, last_hidden(policy, tokens)), rtol=1e-2):
+            fail(name, "logits that are scaled after the output layer", "a model without that", "choose another model")
+
+
+def response_hidden(policy, prompts, responses):
+    """What predicts each response token: hidden states [B, R, H], R the longest response.
+
+    prompts, responses: B sequences of token ids. Also returns the response tokens [B, R] and the bool mask [B, R] of those that
+    exist. Rows are padded on the right, where a causal model's tokens cannot look: padding and batch mates change nothing but
+    the last float digits.
     """
+    pad, device = nn.utils.rnn.pad_sequence, policy.device
     rows = [torch.cat([torch.as_tensor(p), torch.as_tensor(r)]).long() for p, r in zip(prompts, responses)]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(policy.device)  # [B, T]
-    first = min(map(len, prompts)) - 1  # no response token is predicted from before here
-    logits = policy(tokens, use_cache=False, logits_to_keep=tokens.shape[1] - first).logits[:, :-1]  # [B, T - 1 - first, V]
-    targets = tokens[:, first + 1:]
-    logp = -F.cross_entropy(logits.float().div(temperature).flatten(0, 1), targets.flatten(), reduction="none")
-    lengths = torch.tensor([len(r) for r in responses], device=policy.device)
-    steps = torch.arange(int(lengths.max()), device=policy.device)  # [R]
-    mask = steps < lengths[:, None]
-    starts = torch.tensor([len(p) for p in prompts], device=policy.device) - 1 - first
-    places = (starts[:, None] + steps).clamp(max=targets.shape[1] - 1)
-    return logp.view(targets.shape).gather(1, places).masked_fill(~mask, 0), mask
+    hidden = last_hidden(policy, pad(rows, batch_first=True).to(device), use_cache=False)  # [B, T, H]
+    targets = pad([torch.as_tensor(r).long() for r in responses], batch_first=True).to(device)  # [B, R]
+    steps = torch.arange(targets.shape[1], device=device)
+    mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]
+    starts = torch.tensor([len(p) for p in prompts], device=device)[:, None] - 1  # the place before the response
+    places = (starts + steps).clamp(max=hidden.shape[1] - 1)[..., None]
+    return hidden.gather(1, places.expand(-1, -1, hidden.shape[2])), targets, mask
+
+
+def token_logprobs(policy, hidden, targets, mask, temperature):
+    """log pi(x_t | s_t) under softmax(logits / temperature) of tokens `targets` [B, R] from hidden states [B, R, H].
+
+    Returns [B, R], 0 where the bool mask [B, R] says that there is no token.
+    """
+    logits = output_logits(policy, hidden).float() / temperature  # [B, R, V]
+    return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(mask.shape).masked_fill(~mask, 0)
+
+
+def rows_at_once(policy, mask):
+    """Rows of a batch in parts whose logits exist at once: at most LOGITS numbers, or a single response's."""
+    numbers = mask.shape[1] * policy.config.get_text_config().vocab_size
+    return torch.arange(len(mask), device=mask.device).split(max(1, LOGITS // numbers))
+
+
+def response_logprobs(policy, prompts, responses, temperature):
+    """log pi(x_t | s_t) of each response token, without a gradient: [B, R], and the bool mask [B, R] of tokens that exist."""
+    with torch.no_grad():
+        hidden, targets, mask = response_hidden(policy, prompts, responses)
+        return torch.cat([token_logprobs(policy, hidden[some], targets[some], mask[some], temperature)
+                          for some in rows_at_once(policy, mask)]), mask
 
 
 def stream_seed(*key):
@@ -303,16 +349,20 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_old, reward
     total_kl, total_clipped, total_tokens = 0.0, 0.0, sum(map(len, responses))
     for rows in batches_by_tokens([len(prompts[i // group]) + len(r) for i, r in enumerate(responses)], args.batch_tokens):
         queries, answers = [prompts[i // group] for i in rows], [responses[i] for i in rows]
-        logp, mask = response_logprobs(policy, queries, answers, temperature)  # [b, T]
-        old = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for i in rows for x in logp_old[i]]).to(logp))
-        logp_ref = None
-        if reference is not None:
-            with torch.no_grad():
-                logp_ref = response_logprobs(reference, queries, answers, temperature)[0]
-            total_kl += float((kl_k3(logp.detach(), logp_ref) * mask).sum())
-        total_clipped += float((((logp.detach() - old).exp() - 1).abs() > args.clip).logical_and(mask).sum())
-        objective = grpo_objective(logp, old, logp_ref, advantages[rows], mask, args.clip, args.kl_coef)
-        (-objective.sum() / len(responses)).backward()
+        hidden, targets, mask = response_hidden(policy, queries, answers)  # [b, R, H], [b, R], [b, R]
+        logp_ref = response_logprobs(reference, queries, answers, temperature)[0] if reference is not None else None
+        old = torch.zeros(mask.shape, device=mask.device)
+        old.masked_scatter_(mask, torch.tensor([x for i in rows for x in logp_old[i]], device=mask.device))
+        leaf, here = hidden.detach().requires_grad_(), torch.tensor(rows, device=mask.device)
+        for some in rows_at_once(policy, mask):
+            logp = token_logprobs(policy, leaf[some], targets[some], mask[some], temperature)
+            ref = None if logp_ref is None else logp_ref[some]
+            objective = grpo_objective(logp, old[some], ref, advantages[here[some]], mask[some], args.clip, args.kl_coef)
+            (-objective.sum() / len(responses)).backward()
+            if ref is not None:
+                total_kl += float((kl_k3(logp.detach(), ref) * mask[some]).sum())
+            total_clipped += float((((logp.detach() - old[some]).exp() - 1).abs() > args.clip).logical_and(mask[some]).sum())
+        hidden.backward(leaf.grad)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -374,9 +424,11 @@ def main():
     loaded = {Path(path).stem: load_rollouts(path) for path in args.eval}
     tests = {name: ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"]) for name, test in loaded.items()}
     tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, args.device, "float32")
+    check_output_logits(policy, args.model)
     reference = load_policy(args.ref or args.model, args.device, "float32") if args.kl_coef else None
     for model in filter(None, (policy, reference)):  # mixed precision: in bfloat16 weights an update of 1e-6 rounds away
-        model.forward = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")(model.forward)
+        for module in (model, model.get_output_embeddings()):
+            module.forward = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")(module.forward)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     first, done, metrics = 0, 0, []  # steps of earlier phases, steps of this one
     if args.optimizer:

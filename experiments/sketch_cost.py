@@ -19,6 +19,7 @@ Prints a table and writes experiments/results/sketch_cost.json. Parts whose inpu
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -71,10 +72,9 @@ def floor(policy, path, batch_tokens, shared):
         for first in range(0, k, at_once):
             rows = [(i, i * k + j) for i in batch for j in range(first, min(first + at_once, k))]
             texts = [responses[row] for _, row in rows]
-            if shared:
-                logp, mask = sketch.group_logprobs(policy, [prompts[i] for i in batch], texts, 1.0)
-            else:
-                logp, mask = train_grpo.response_logprobs(policy, [prompts[i] for i, _ in rows], texts, 1.0)
+            found = sketch.group_hidden(policy, [prompts[i] for i in batch], texts) if shared else \
+                train_grpo.response_hidden(policy, [prompts[i] for i, _ in rows], texts)
+            logp, mask = sketch.token_logprobs(policy, *found, 1.0), found[-1]
             beta = torch.zeros_like(logp).masked_scatter_(mask, torch.cat([rollouts["logprobs"][row] for _, row in rows]))
             sketch.off_policy_surrogate(logp, beta, advantages.flatten()[[row for _, row in rows]], mask, k).backward()
     return time.perf_counter() - began
@@ -87,7 +87,9 @@ def sketching(policy, path, dim, drop, batch_tokens, folder):
     identity = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim, "drop": drop, "projection": "sjlt"}
     sketch.sketch_file(sketcher, path, folder / f"{drop}.npy", identity, batch_tokens)
     sketcher.close()
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    shutil.rmtree(sketch.parts_of(folder / f"{drop}.npy"))  # nothing for the next round to go on from
+    return seconds
 
 
 PARTS = ["score", "memory", "toy", "smollm2", "dense"]

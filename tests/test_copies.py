@@ -31,6 +31,8 @@ def test_shared_functions_are_shared():
               "load_rollouts": ("sketch.py", "score.py", "train_grpo.py"), "Ragged": ("sketch.py", "score.py", "train_grpo.py"),
               "replacing": ("collect.py", "sketch.py", "score.py"), "deal": ("collect.py", "sketch.py"),
               "unfinished": ("collect.py", "sketch.py"), "parts_of": ("collect.py", "sketch.py"),
+              "token_logprobs": ("sketch.py", "train_grpo.py"),
+              "output_logits": ("sketch.py", "train_grpo.py"),
               "fingerprint": ("collect.py", "sketch.py")}
     for name, scripts in shared.items():
         assert all(name in functions(script) for script in scripts)

@@ -121,7 +121,15 @@ def test_gradient_does_not_depend_on_its_batch(policy_and_truth, monkeypatch):
     row_by_row = torch.cat([gradients(policy, [i], rows=1) for i in range(5)])
     monkeypatch.setattr(sketch, "CHUNK", 600)  # one or two prompts of a layer at a time
     in_chunks = gradients(policy, [0, 1, 2, 3, 4])
-    for found in (reverse, alone, row_by_row, in_chunks):
+    made = []
+    hook = policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
+    few_logits = []
+    for rows in (9, 3):  # logits of two prompts at a time; of three of a prompt's four responses, then of the fourth
+        monkeypatch.setattr(sketch, "LOGITS", rows * 8 * 29)
+        few_logits.append(gradients(policy, [0, 1, 2, 3, 4]))
+    hook.remove()
+    assert max(made) == 8 * 8 * 29 and made.count(3 * 8 * 29) == made.count(8 * 29) == 5
+    for found in (reverse, alone, row_by_row, in_chunks, *few_logits):
         assert relative_error(found, truth) <= 1e-5
 
 

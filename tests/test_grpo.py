@@ -107,6 +107,19 @@ def test_accumulation_is_the_whole_batch():
     assert relative_error(single, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
 
 
+def test_logits_are_made_a_few_responses_at_a_time(monkeypatch):
+    """The step is the same where only some logits fit, and the output layer never makes more than the limit."""
+    whole, first, _ = one_step(10**6)
+    made = []
+    monkeypatch.setattr(train_grpo, "LOGITS", 5 * 7 * 29)  # five of the twelve responses of at most 7 tokens
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: made.append(forward(self, x)) or made[-1])
+    parts, second, _ = one_step(10**6)
+    assert relative_error(parts, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
+    sizes = [logits.numel() for logits in made if logits.shape[-1] == 29]
+    assert max(sizes) == 5 * 7 * 29 and len(sizes) >= 2 * 3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_armed_bandit(tmp_path, call, dtype):
     """One prompt, two one-token answers of equal probability: GRPO must raise the expected reward from 0.5 to above 0.9."""

@@ -28,8 +28,9 @@ def test_ratio_is_one_at_the_behaviour_policy(tmp_path, temperature):
     policy = collect.load_policy(tmp_path, "cpu", "float32")
     responses, logprobs = draw(policy, temperature=temperature)
     prompts = [p for p in PROMPTS for _ in range(6)]
-    for logprobs_of, its_prompts in ((sketch.group_logprobs, PROMPTS), (train_grpo.response_logprobs, prompts)):
-        logp, mask = logprobs_of(policy, its_prompts, responses, temperature)
+    for hidden_of, its_prompts in ((sketch.group_hidden, PROMPTS), (train_grpo.response_hidden, prompts)):
+        hidden, targets, mask = hidden_of(policy, its_prompts, responses)
+        logp = sketch.token_logprobs(policy, hidden, targets, mask, temperature)
         assert mask.sum() == sum(map(len, responses)) > 100
         beta = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for row in logprobs for x in row]))
         assert (sketch.token_ratio(logp, beta)[mask] - 1).abs().max() <= 1e-4
