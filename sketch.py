@@ -54,7 +54,7 @@ from transformers.pytorch_utils import Conv1D
 FORMAT = 1  # of rollouts.pt
 KNOWN = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: the layers of prompt_gradients
 CHUNK = 2**22  # numbers of a layer's gradients that exist at once, unless a single gradient has more
-LOGITS = 2**27  # logits that exist at once, unless a single response has more
+LOGITS = 2**25  # logits that exist at once, unless a single response has more
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 
 

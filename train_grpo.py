@@ -5,7 +5,8 @@ For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the p
     J(theta) = 1/G sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 ]
     A_i = (R_i - mean R) / (std R + 1e-4)      rho = pi_theta / pi_old      k3 = e^D - D - 1,  D = log pi_ref - log pi_theta
 
-averaged over the batch's prompts, by one AdamW update a batch. pi_ref is --ref, the policy before any RL, in every phase.
+averaged over the batch's prompts, by one AdamW update a batch. So pi_old is pi_theta itself, rho is 1 with the gradient of
+log pi, and the clip never binds; pi_ref is --ref, the policy before any RL, in every phase.
 
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers, and in its meta the temperature, the length limit, the end
                      tokens and the verifier; its old responses are not used here.
@@ -14,26 +15,34 @@ Reads   --rollouts   rollouts.pt of collect.py: prompts, answers, and in its met
                      --eval-samples responses a prompt (what J climbs), and greedy decoding beside it.
         --optimizer  optimizer.pt of the phase before: AdamW's state and the count of steps go on.
 Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer) with optimizer.pt, args.json and metrics.jsonl, a JSON
-                     object a step: step (over all phases), reward, live (share of groups with unequal rewards), kl, clipped,
-                     grad_norm, tokens, truncated, seconds (of training so far in this phase, evaluation left out),
-                     sampling_seconds (of this step), eval.
+                     object a step: step (over all phases), reward, live (share of groups with unequal rewards), kl,
+                     engine_gap (mean |log-prob of the trainer - log-prob of what sampled|, a token), grad_norm, tokens,
+                     truncated, seconds (of training so far in this phase, evaluation left out), sampling_seconds (of this
+                     step), eval. TensorBoard files of the same, where tensorboard is installed.
 
-The run works in OUT.part and renames it at its end. Killed and started again with the same command, it goes on from the
-last checkpoint (--save-every) and ends with the same bytes: random numbers come from (seed, step, place in the batch).
---dtype bfloat16 is mixed precision: the weights and AdamW's state stay float32.
+The run works in OUT.part and renames it at its end. Stopped (Ctrl-C leaves a checkpoint) or killed and started again with the
+same command, it goes on from the last checkpoint (--save-every) and ends with the same bytes: random numbers come from
+(seed, step, place in the batch). --dtype bfloat16 is mixed precision: the weights and AdamW's state stay float32.
+Under torchrun, FSDP2 shards weights, gradients and AdamW's state; each process holds a whole copy that samples its share of
+the prompts. Files are those of one process, and either goes on with the other's checkpoints.
 Departs from the paper: no entropy bonus (theirs is 0.001).
 
     python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --eval test.pt \\
         --steps 30 --batch-size 64 --lr 1e-4 --out policy
+    torchrun --nproc_per_node 8 train_grpo.py --model MODEL --rollouts train.pt --select selected.npy --steps 100 \\
+        --dtype bfloat16 --gradient-checkpointing --out policy
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +50,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 FORMAT = 1  # of rollouts.pt
-LOGITS = 2**27  # logits that exist at once, unless a single response has more
+LOGITS = 2**25  # logits that exist at once, unless a single response has more
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # states of all processes' shards together, on process 0
 
 
 def fail(file, found, expected, mend):
@@ -314,17 +329,25 @@ def batches_by_tokens(lengths, budget):
 
 
 def roll_out(policy, tokenizer, prompts, answers, k, temperature, meta, seeds, args):
-    """k verified responses a prompt: responses, logprobs (B*k lists each, prompt-major) and rewards [B, k]."""
-    responses, logprobs, rewards = [[]] * (len(prompts) * k), [[]] * (len(prompts) * k), torch.zeros(len(prompts), k)
-    for batch in batches_by_tokens([k * (len(p) + meta["max_new_tokens"]) for p in prompts], args.kv_tokens):
+    """k verified responses a prompt: responses, logprobs (B*k lists each, prompt-major) and rewards [B, k].
+
+    Every process samples its share of the prompts and gets those of the others.
+    """
+    mine, found = range(RANK, len(prompts), WORLD), []
+    for batch in batches_by_tokens([k * (len(prompts[i]) + meta["max_new_tokens"]) for i in mine], args.kv_tokens):
+        batch = [mine[j] for j in batch]
         drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, temperature, meta["max_new_tokens"],
                                            meta["eos_ids"], [seeds[i] for i in batch])
         texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
         for j, i in enumerate(batch):
-            here, there = slice(j * k, (j + 1) * k), slice(i * k, (i + 1) * k)
-            responses[there], logprobs[there] = drawn[here], logp[here]
-            rewards[i] = torch.tensor([verify(text, answers[i], meta["verifier"]) for text in texts[here]])
-    return responses, logprobs, rewards
+            here = slice(j * k, (j + 1) * k)
+            found.append((i, drawn[here], logp[here], [verify(text, answers[i], meta["verifier"]) for text in texts[here]]))
+    everyones = [found]
+    if WORLD > 1:
+        everyones = [None] * WORLD
+        torch.distributed.all_gather_object(everyones, found)
+    _, responses, logprobs, rewards = zip(*sorted((row for rows in everyones for row in rows), key=lambda row: row[0]))
+    return [r for group in responses for r in group], [p for group in logprobs for p in group], torch.tensor(rewards)
 
 
 def evaluate(policy, tokenizer, tests, args):
@@ -338,36 +361,73 @@ def evaluate(policy, tokenizer, tests, args):
     return {"eval": results} if results else {}
 
 
-def grpo_step(policy, reference, optimizer, prompts, responses, logp_old, rewards, temperature, args):
+def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, rewards, temperature, args):
     """One AdamW update towards higher J on a batch of groups. Returns what metrics.jsonl says of it.
 
-    prompts: B lists; responses, logp_old: B*G lists, prompt-major; rewards: [B, G]. Micro-batches of --batch-tokens only
-    save memory: each adds its part of the same mean over the B*G responses.
+    prompts: B lists; responses, logp_sampled: B*G lists, prompt-major; rewards: [B, G]. Micro-batches of --batch-tokens only
+    save memory, and processes time: each adds its part of the same mean over the B*G responses.
     """
-    group = rewards.shape[1]
-    advantages = group_advantage(rewards).flatten().to(policy.device)  # [B*G]
-    total_kl, total_clipped, total_tokens = 0.0, 0.0, sum(map(len, responses))
-    for rows in batches_by_tokens([len(prompts[i // group]) + len(r) for i, r in enumerate(responses)], args.batch_tokens):
+    group, total_tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
+    advantages = group_advantage(rewards).flatten().to(device)  # [B*G]
+    sums = torch.zeros(2, device=device)  # of k3 and of |logp - logp_sampled|, over the tokens
+    plan = batches_by_tokens([len(prompts[i // group]) + len(r) for i, r in enumerate(responses)], args.batch_tokens)
+    for turn in range(0, len(plan), WORLD):
+        mine = turn + RANK < len(plan)  # FSDP needs every process in every turn: one without a batch weighs another's by 0
+        rows = plan[turn + RANK if mine else 0]
         queries, answers = [prompts[i // group] for i in rows], [responses[i] for i in rows]
+        checkpoint_layers(policy, True)
         hidden, targets, mask = response_hidden(policy, queries, answers)  # [b, R, H], [b, R], [b, R]
+        checkpoint_layers(policy, False)
         logp_ref = response_logprobs(reference, queries, answers, temperature)[0] if reference is not None else None
-        old = torch.zeros(mask.shape, device=mask.device)
-        old.masked_scatter_(mask, torch.tensor([x for i in rows for x in logp_old[i]], device=mask.device))
-        leaf, here = hidden.detach().requires_grad_(), torch.tensor(rows, device=mask.device)
+        sampled = torch.zeros(mask.shape, device=device)
+        sampled.masked_scatter_(mask, torch.tensor([x for i in rows for x in logp_sampled[i]], device=device))
+        leaf, here = hidden.detach().requires_grad_(), torch.tensor(rows, device=device)
         for some in rows_at_once(policy, mask):
             logp = token_logprobs(policy, leaf[some], targets[some], mask[some], temperature)
             ref = None if logp_ref is None else logp_ref[some]
-            objective = grpo_objective(logp, old[some], ref, advantages[here[some]], mask[some], args.clip, args.kl_coef)
-            (-objective.sum() / len(responses)).backward()
-            if ref is not None:
-                total_kl += float((kl_k3(logp.detach(), ref) * mask[some]).sum())
-            total_clipped += float((((logp.detach() - old[some]).exp() - 1).abs() > args.clip).logical_and(mask[some]).sum())
+            objective = grpo_objective(logp, logp.detach(), ref, advantages[here[some]], mask[some], args.clip, args.kl_coef)
+            (-objective.sum() * mine * WORLD / len(responses)).backward()  # FSDP takes the processes' mean
+            k3 = kl_k3(logp.detach(), ref) if ref is not None else torch.zeros_like(logp)
+            sums += mine * torch.stack([(k3 * mask[some]).sum(), (logp.detach() - sampled[some]).abs().sum()])
         hidden.backward(leaf.grad)
+    if WORLD > 1:
+        torch.distributed.all_reduce(sums)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
+    kl, gap = (sums / total_tokens).tolist()
     return {"reward": float(rewards.mean()), "live": float((rewards.std(1) > 0).float().mean()), "tokens": total_tokens,
-            "kl": total_kl / total_tokens, "clipped": total_clipped / total_tokens, "grad_norm": float(grad_norm)}
+            "kl": kl, "engine_gap": gap, "grad_norm": float(whole(grad_norm))}
+
+
+def whole(tensor):
+    """A tensor that FSDP has sharded, whole on every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def checkpoint_layers(policy, on):
+    """With --gradient-checkpointing: layers forget their activations, and make them anew in the backward pass. Off for
+    sampling, whose cache they would not fill."""
+    for module in policy.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = on
+
+
+def shard(model, dtype):
+    """FSDP2: every process holds a part of each layer's weights, gathered when the layer runs (in `dtype`)."""
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
+    mesh = torch.distributed.init_device_mesh(model.device.type, (WORLD,))
+    for module in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] + [model]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+
+
+def tensorboard_writer(folder, step):
+    """A writer of TensorBoard files where the package is there, else None. What was written from `step` on is dropped."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=step)
 
 
 def check_same_settings(folder, settings):
@@ -402,6 +462,7 @@ def main():
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of an update's micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the arithmetic (float32)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more arithmetic")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.group < 2 or min(args.steps, args.batch_size, args.eval_every, args.save_every, args.eval_samples) < 1:
@@ -410,12 +471,17 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
 
-    # Inputs, and the state of a run that was killed
+    if WORLD > 1:
+        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+
+    # Inputs
     rollouts, part = load_rollouts(args.rollouts), args.out.with_name(args.out.name + ".part")
     meta, answers, prompts = rollouts["meta"], rollouts["answers"], [p.tolist() for p in rollouts["prompts"]]
     selected = load_selection(args.select, len(prompts))
-    memory = ("kv_tokens", "batch_tokens")  # may change on the way: a run that ran out of memory goes on with less
-    settings = {name: value for name, value in vars(args).items() if name not in memory}
+    may_change = ("kv_tokens", "batch_tokens", "device", "gradient_checkpointing")  # a run may go on with less memory
+    settings = {name: value for name, value in vars(args).items() if name not in may_change}
     settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
     if args.out.exists():
         check_same_settings(args.out, settings)
@@ -426,66 +492,118 @@ def main():
     tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, args.device, "float32")
     check_output_logits(policy, args.model)
     reference = load_policy(args.ref or args.model, args.device, "float32") if args.kl_coef else None
-    for model in filter(None, (policy, reference)):  # mixed precision: in bfloat16 weights an update of 1e-6 rounds away
-        for module in (model, model.get_output_embeddings()):
-            module.forward = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")(module.forward)
+    sampler = policy  # one process samples from the weights that it trains
+    if WORLD > 1:
+        sampler = load_policy(args.model, args.device, args.dtype)
+        for model in filter(None, (policy, reference)):
+            shard(model, args.dtype)
+    else:  # mixed precision: in bfloat16 weights an update of 1e-6 would round away
+        for model in filter(None, (policy, reference)):
+            for module in (model, model.get_output_embeddings()):
+                module.forward = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")(module.forward)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
+
+    # The state of the phase before, or of this one where it was stopped
     first, done, metrics = 0, 0, []  # steps of earlier phases, steps of this one
     if args.optimizer:
         try:
             state = torch.load(args.optimizer, weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
+            set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
             first = state["step"]
         except Exception as error:  # missing, damaged, or of another model
             fail(args.optimizer, f"no usable state ({error})", "an optimizer.pt of the same model", "take the policy's own")
     try:
         part.mkdir(parents=True, exist_ok=True)
+        lock = open(part / "lock", "w") if RANK == 0 else None
     except OSError as error:
         fail(args.out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    if lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+        except OSError:
+            fail(args.out, "another run that is writing it", "one run a folder", "wait for it or choose another --out")
     if (part / "checkpoint.pt").exists():
         check_same_settings(part, settings)
         state = torch.load(part / "checkpoint.pt", weights_only=True)
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
+        set_model_state_dict(policy, state["policy"], options=WHOLE)
+        set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
         done, metrics = state["step"], state["metrics"]
-    (part / "args.json").write_text(json.dumps(settings))
+    if RANK == 0:
+        (part / "args.json").write_text(json.dumps(settings))
     for group in optimizer.param_groups:
-        group["lr"] = args.lr
+        group.update(optimizer.defaults)  # this run's learning rate; and tuples, which a loaded state has as lists
 
     # Training
+    def update_sampler():
+        if sampler is not policy:
+            with torch.no_grad():
+                for ours, sharded in zip(sampler.parameters(), policy.parameters()):
+                    ours.copy_(whole(sharded))
+
+    def save(path, **state):
+        state |= {"optimizer": get_optimizer_state_dict(policy, optimizer, options=WHOLE)}
+        if RANK == 0:
+            torch.save(state, part / "new.pt")
+            os.replace(part / "new.pt", path)
+
+    stop = torch.zeros(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.fill_(1))
+    update_sampler()
     if first + done == 0 and not metrics:
-        metrics.append({"step": 0, "seconds": 0.0, **evaluate(policy, tokenizer, tests, args)})
+        metrics.append({"step": 0, "seconds": 0.0, **evaluate(sampler, tokenizer, tests, args)})
     clock = metrics[-1]["seconds"] if metrics else 0.0
-    progress = tqdm(range(done, args.steps), initial=done, total=args.steps, desc=f"train {args.out}", unit="step")
+    writer = tensorboard_writer(part / "tensorboard", first + done + 1) if RANK == 0 else None
+    progress = tqdm(range(done, args.steps), initial=done, total=args.steps, desc=f"train {args.out}", unit="step",
+                    disable=RANK > 0)
     for s in progress:
         began, step, last = time.perf_counter(), first + s, s + 1 == args.steps
         batch = batch_of_step(selected, args.batch_size, step, args.seed)
         queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, step, j) for j in range(len(batch))]
-        responses, logp_old, rewards = roll_out(policy, tokenizer, queries, [answers[i] for i in batch], args.group,
-                                                meta["temperature"], meta, seeds, args)
+        responses, logp_sampled, rewards = roll_out(sampler, tokenizer, queries, [answers[i] for i in batch], args.group,
+                                                    meta["temperature"], meta, seeds, args)
         sampled = time.perf_counter()
-        row = grpo_step(policy, reference, optimizer, queries, responses, logp_old, rewards, meta["temperature"], args)
+        row = grpo_step(policy, reference, optimizer, queries, responses, logp_sampled, rewards, meta["temperature"], args)
+        update_sampler()
         row["sampling_seconds"] = sampled - began
         row["truncated"] = sum(r[-1] not in meta["eos_ids"] for r in responses) / len(responses)
         clock += time.perf_counter() - began
         if last or (step + 1) % args.eval_every == 0:
-            row.update(evaluate(policy, tokenizer, tests, args))
+            row.update(evaluate(sampler, tokenizer, tests, args))
         metrics.append({"step": step + 1, "seconds": clock, **row})
-        (part / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        if RANK == 0:
+            (part / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        if writer:
+            accuracy = {f"eval/{test}": result["mean"] for test, result in row.pop("eval", {}).items()}
+            for name, value in {**row, **accuracy}.items():
+                writer.add_scalar(name, value, step + 1)
         progress.set_postfix(reward=f"{row['reward']:.2f}", live=f"{row['live']:.2f}")
-        if (s + 1) % args.save_every == 0 and not last:
-            state = {"step": s + 1, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "metrics": metrics}
-            torch.save(state, part / "checkpoint.new")
-            os.replace(part / "checkpoint.new", part / "checkpoint.pt")
+        if WORLD > 1:
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+        if (stop or (s + 1) % args.save_every == 0) and not last:
+            save(part / "checkpoint.pt", step=s + 1, policy=get_model_state_dict(policy, options=WHOLE), metrics=metrics)
+        if stop and not last:
+            if RANK == 0:
+                print(f"{args.out}: stopped after step {s + 1} of {args.steps}; the same command goes on", file=sys.stderr)
+            sys.exit(130)
 
-    policy.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    torch.save({"step": first + args.steps, "optimizer": optimizer.state_dict()}, part / "optimizer.pt")
-    for leftover in part.glob("checkpoint.*"):
-        leftover.unlink()
-    os.replace(part, args.out)
-    print(f"{args.out}: {args.steps} steps on {len(selected)} prompts, {clock:.0f} s; "
-          f"{json.dumps(metrics[-1].get('eval', {}))}")
+    save(part / "optimizer.pt", step=first + args.steps)
+    weights = get_model_state_dict(policy, options=WHOLE)
+    if RANK == 0:
+        sampler.cpu().float().load_state_dict(weights)
+        sampler.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for leftover in (part / "checkpoint.pt", part / "lock"):
+            leftover.unlink(missing_ok=True)
+        if writer:
+            writer.close()
+        os.replace(part, args.out)
+        print(f"{args.out}: {args.steps} steps on {len(selected)} prompts, {clock:.0f} s; "
+              f"{json.dumps(metrics[-1].get('eval', {}))}")
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

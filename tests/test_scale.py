@@ -1,13 +1,16 @@
 """Batches, processes and memory: the plan, torchrun's shards, a run that goes on from its finished batches."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, without_seconds
+from transformers import AutoModelForCausalLM
 
 import collect
 import sketch
@@ -129,3 +132,55 @@ def test_collection_goes_on_from_finished_batches(world, tmp_path, call, monkeyp
     plan = collect.batches_by_tokens([2 * (p + 10) for p in prompts], 1000)
     assert len(plan) > 4 and counted.count == len(plan) - 2
     assert (tmp_path / "killed.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+def training(run, world, out, *more):
+    """train_grpo.py on what phase 0 of the micro run selected."""
+    return ["train_grpo.py", "--model", world / "base", "--rollouts", run / "rollouts/train.pt", "--select",
+            run / "cropi/phase-0/selected.npy", "--eval", run / "rollouts/targeted.pt", "--steps", 4, "--batch-size", 6,
+            "--group", 4, "--lr", "1e-4", "--eval-every", 2, "--eval-samples", 2, "--batch-tokens", 100, "--save-every", 2,
+            "--out", out, *more]
+
+
+def test_two_processes_train_the_same(micro_run, world, tmp_path):
+    """FSDP2 over two processes: the metrics and the policy of one, to float error, and a checkpoint of the usual kind."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = training(micro_run[0], world, one)
+    subprocess.run([sys.executable, *map(str, [ROOT / arguments[0], *arguments[1:]])], check=True)
+    shards(training(micro_run[0], world, two, "--gradient-checkpointing"))
+    rows = [[json.loads(line) for line in open(out / "metrics.jsonl")] for out in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 5
+    for first, second in zip(*rows):
+        assert first.get("reward") == second.get("reward") and first.get("eval") == second.get("eval")
+        for name in ("kl", "grad_norm", "engine_gap"):
+            assert second.get(name, 0) == pytest.approx(first.get(name, 0), rel=1e-3, abs=1e-6)
+    policies = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (world / "base", one, two)]
+    moved, apart = (sum(((other[name] - here[name]) ** 2).sum() for name in here)
+                    for here, other in (policies[:2], policies[1:]))
+    assert 0 < apart <= 1e-4 * moved
+    states = [torch.load(out / "optimizer.pt", weights_only=True)["optimizer"]["state"] for out in (one, two)]
+    assert states[0].keys() == states[1].keys() == dict(AutoModelForCausalLM.from_pretrained(one).named_parameters()).keys()
+    assert not (two / "lock").exists() and not (two / "checkpoint.pt").exists()
+
+
+def test_stopped_training_goes_on_and_a_second_run_is_refused(micro_run, world, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "policy"
+    command = lambda out: [sys.executable, ROOT / "train_grpo.py",
+                           *map(str, training(micro_run[0], world, out, "--save-every", 99)[1:])]
+    subprocess.run(command(whole), check=True)
+    first = subprocess.Popen(command(out), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "policy.part/metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # it stays in its second step while the other one starts
+    second = subprocess.run(command(out), capture_output=True, text=True)
+    assert second.returncode == 2 and "another run" in second.stderr and second.stderr.count("\n") == 1
+    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGCONT)
+    said = first.communicate()[1].splitlines()[-1]
+    assert first.returncode == 130 and "the same command goes on" in said, said
+    assert (tmp_path / "policy.part/checkpoint.pt").exists()
+    subprocess.run(command(out), check=True)
+    for name in ("model.safetensors", "optimizer.pt"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert without_seconds(out / "metrics.jsonl") == without_seconds(whole / "metrics.jsonl")
