@@ -107,7 +107,7 @@ def load_examples(source, prompt_keys, answer_keys, family_key, limit):
             rows = datasets.load_dataset(local, data_files=source, split="train")
         else:
             name, config, split = (source.split(":", 2) + [None, None])[:3]
-            rows = datasets.load_dataset(name, config, split=split or "train")
+            rows = datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # datasets wraps the reason: its cause says which line
         fail(source, f"unreadable data ({error.__cause__ or error})", "one JSON object a line, parquet or a hub data set",
              "mend the data")

@@ -57,6 +57,8 @@ ENGINE=${ENGINE:-hf}                  # what samples
 KV_TOKENS=${KV_TOKENS:-65536}         # tokens in the KV cache while sampling: lower it where memory is short
 BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens of a micro-batch with gradients: likewise
 DTYPE=${DTYPE:-float32}               # or bfloat16; training keeps float32 weights either way
+NPROC=${NPROC:-1}                     # processes (GPUs) of this machine, by torchrun
+GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-}   # anything: training takes less memory for a third more arithmetic
 SEED=${SEED:-0}
 PYTHON=${PYTHON:-}                    # a Python that has requirements.txt; empty: a .venv made on first use
 
@@ -64,6 +66,9 @@ PYTHON=${PYTHON:-}                    # a Python that has requirements.txt; empt
 die() { echo "run_cropi.sh: error: $*" >&2; exit 2; }
 
 . ./setup.sh
+
+launch=("$PYTHON")
+[ "$NPROC" -eq 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
 now() { "$PYTHON" -c 'import time; print(time.time())'; }
 
@@ -100,6 +105,10 @@ for method in $BASELINE $METHOD; do
 done
 [ -n "$TRAIN" ] && [ -n "$VAL" ] || die "MODEL is set but TRAIN or VAL is not; README.md has an example"
 
+mkdir -p "$RUN"
+exec 9>"$RUN/lock" # held until this script and its stages have ended, however they end
+! command -v flock >/dev/null || flock -n 9 || die "another run_cropi.sh is at work in $RUN; wait for it or set RUN"
+
 if [ -n "$TOY" ]; then
     stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY"
 fi
@@ -112,7 +121,7 @@ settings "$ROLLOUTS" MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERI
 collect() { # NAME K ARGUMENT...
     local name=$1 k=$2
     shift 2
-    stage "$ROLLOUTS" "$name" "$PYTHON" collect.py --model "$MODEL" --k "$k" --temperature "$TEMPERATURE" \
+    stage "$ROLLOUTS" "$name" "${launch[@]}" collect.py --model "$MODEL" --k "$k" --temperature "$TEMPERATURE" \
         --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" --prompt-key $PROMPT_KEY --answer-key $ANSWER_KEY \
         --instruction "$INSTRUCTION" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --dtype "$DTYPE" --seed "$SEED" "$@"
 }
@@ -143,7 +152,7 @@ run_method() { # METHOD
             else
                 val=()
                 for name in "${val_names[@]}"; do val+=("$phase/$name.npy"); done
-                stage "$folder" "phase-$m-sketch" "$PYTHON" sketch.py --model "$policy" \
+                stage "$folder" "phase-$m-sketch" "${launch[@]}" sketch.py --model "$policy" \
                     --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" --out "$phase/train.npy" "${val[@]}" \
                     --keep "$KEEP" --dim "$DIM" --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED"
                 stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" --val "${val[@]}" \
@@ -155,11 +164,11 @@ run_method() { # METHOD
                 --out "$phase/selected.npy" --alpha "$ALPHA" --seed "$((SEED * 1000 + m))"
             ;;
         esac
-        stage "$folder" "phase-$m-train" "$PYTHON" train_grpo.py --model "$policy" --ref "$MODEL" \
+        stage "$folder" "phase-$m-train" "${launch[@]}" train_grpo.py --model "$policy" --ref "$MODEL" \
             --rollouts "$ROLLOUTS/train.pt" --select "$phase/selected.npy" --out "$phase/policy" --steps "$STEPS" \
             --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" --eval-every "$EVAL_EVERY" \
             --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" \
-            --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED" \
+            --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED" ${GRADIENT_CHECKPOINTING:+--gradient-checkpointing} \
             ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy optimizer=(--optimizer "$phase/policy/optimizer.pt")
     done

@@ -1,5 +1,6 @@
 """The whole loop on a micro world: every promised file, the same bytes again, and through SIGKILL."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -98,6 +99,24 @@ def test_loop_refuses_other_settings(micro_run, world):
     done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
                           env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run), "LR": "1e-2"})
     assert done.returncode == 2 and "LR=1e-2" in done.stderr and artefacts(run) == before
+
+
+def test_loop_of_two_processes_selects_the_same(micro_run, world, tmp_path):
+    """NPROC=2: collection, sketches and selection byte for byte those of one process; training runs."""
+    run = tmp_path / "run"
+    run_loop(run, world, NPROC="2", BASELINE="", PHASES="1", STEPS="1")
+    for name in ("rollouts/train.pt", "rollouts/val_sort.pt", "cropi/phase-0/train.npy", "cropi/phase-0/selected.npy"):
+        assert (run / name).read_bytes() == (micro_run[0] / name).read_bytes()
+    assert (run / "cropi/phase-0/policy/model.safetensors").exists()
+
+
+def test_second_loop_in_one_folder_refuses(world, tmp_path):
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
+                              env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(tmp_path)})
+    assert done.returncode == 2 and "another run_cropi.sh" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def commands(run, world, out):
