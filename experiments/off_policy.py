@@ -10,6 +10,7 @@ halves. Gradients are sketched at keep = 1 and dim 32768 (a cosine is off by abo
 cosine       mean over the prompts that have both gradients, and the share of them above 0.6.
 overlap      of the top 10% (60 of 600) by cosine with the validation mean (for old: from the loop's own K_VAL answers of the
              base policy; for fresh and reference: 64 fresh ones), mean over the two validation sets. Chance: 0.1.
+targeted     share of that top 10% that is of the two targeted families (in the pool: a twelfth), mean over the two sets.
 neighbour    share of prompts whose nearest other prompt, by cosine of gradients, is the reference's. Chance: 0.002.
 live         share of the prompts that have a gradient.
 
@@ -72,13 +73,14 @@ def neighbours(sketches, live):
     return (units @ units.T).fill_diagonal_(-torch.inf).argmax(1)
 
 
-def compare(found, means, reference, reference_means):
+def compare(found, means, reference, reference_means, targeted):
     both = (found.norm(dim=1) > 0) & (reference.norm(dim=1) > 0)
     cosines = torch.nn.functional.cosine_similarity(found[both], reference[both])
-    overlap = [len(top(found, mean) & top(reference, truth)) / (len(found) // 10)
-               for mean, truth in zip(means, reference_means)]
+    chosen = [top(found, mean) for mean in means]
+    overlap = [len(ours & top(reference, truth)) / (len(found) // 10) for ours, truth in zip(chosen, reference_means)]
     return {"cosine": float(cosines.mean()), "above_0.6": float((cosines > 0.6).float().mean()),
             "overlap": float(np.mean(overlap)),
+            "targeted": float(np.mean([len(ours & targeted) / len(ours) for ours in chosen])),
             "neighbour": float((neighbours(found, both) == neighbours(reference, both)).float().mean()),
             "live": float((found.norm(dim=1) > 0).float().mean())}
 
@@ -88,6 +90,7 @@ def measure():
     data, base = OUT / "train.jsonl", WORLD / "base"
     data.write_text("".join(line + "\n" for line in (WORLD / "train.jsonl").read_text().splitlines()[::EVERY]))
     old = collect(base, data, OUT / "old.pt", max(KS), 1)
+    targeted = {i for i, family in enumerate(old["families"]) if family in ("sort", "dbl")}
     old_sets = [sketch.load_rollouts(RUN / f"rollouts/{name}.pt") for name in SETS]
     paths = [base] + [RUN / f"cropi/phase-{m}/policy" for m in range(4)]
     phases = []
@@ -99,15 +102,16 @@ def measure():
         means = [gradients(policy, rollouts, range(REFERENCE)).mean(0) for rollouts in fresh_sets]
         middle = max(KS) + REFERENCE // 2
         halves = [gradients(policy, fresh, part) for part in (range(max(KS), middle), range(middle, max(KS) + REFERENCE))]
-        row = {"phase": m, "split": compare(halves[0], means, halves[1], means), "fresh": {}, "old": {},
+        row = {"phase": m, "split": compare(halves[0], means, halves[1], means, targeted),
+               "reference": compare(reference, means, reference, means, targeted), "fresh": {}, "old": {},
                "old_without_ratio": {}}
         for k in KS:
-            row["fresh"][k] = compare(gradients(policy, fresh, range(k)), means, reference, means)
+            row["fresh"][k] = compare(gradients(policy, fresh, range(k)), means, reference, means, targeted)
         for kind, ratio in (("old", sketch.token_ratio), ("old_without_ratio", without_ratio)):
             saved, sketch.token_ratio = sketch.token_ratio, ratio
             old_means = [gradients(policy, rollouts, range(rollouts["meta"]["k"])).mean(0) for rollouts in old_sets]
             for k in KS:
-                row[kind][k] = compare(gradients(policy, old, range(k)), old_means, reference, means)
+                row[kind][k] = compare(gradients(policy, old, range(k)), old_means, reference, means, targeted)
             sketch.token_ratio = saved
         phases.append(row)
         print(json.dumps(row), flush=True)
@@ -121,14 +125,14 @@ def draw(result, path):
     phases = [row["phase"] for row in result["phases"]]
     styles = {"fresh": ("#34495e", "fresh"), "old": ("#c0392b", "old, with ratio"),
               "old_without_ratio": ("#e59866", "old, without ratio")}
-    for axis, measure, title in zip(axes, ("cosine", "overlap", "neighbour"),
-                                    ("mean cosine with the reference", "overlap of the top 10%", "same nearest neighbour")):
+    for axis, measure, title in zip(axes, ("cosine", "overlap", "targeted"), (
+            "mean cosine with the reference", "overlap of the top 10%", "targeted families' share of the top 10%")):
         for kind, (color, label) in styles.items():
             for k, line in (("8", "-"), ("32", ":")):
                 axis.plot(phases, [row[kind][k][measure] for row in result["phases"]], line, color=color, marker="o",
                           markersize=3, label=f"{label}, K = {k}")
-        axis.plot(phases, [row["split"][measure] for row in result["phases"]], "--", color="#95a5a6",
-                  label="halves of the reference")
+        kind, label = ("reference", "the reference") if measure == "targeted" else ("split", "halves of the reference")
+        axis.plot(phases, [row[kind][measure] for row in result["phases"]], "--", color="#95a5a6", label=label)
         axis.set(title=title, xlabel="phases of training", ylim=(0, 1), xticks=phases)
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, fontsize=7)

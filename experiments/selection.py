@@ -5,7 +5,7 @@ toy       of each phase of CROPI (experiments/acceleration.sh, all seeds), besid
           the tokens of a prompt's K responses, nats a token); the share of a phase's selection that the phase before had.
 smollm2   256 prompts of reasoning-gym, 64 of each of four kinds, and a validation set of one kind (experiments/smollm2.py,
           pool of its own): the share of that kind in the selected 10%, over its share in the pool, and over its share among
-          the prompts with a gradient (which alone can be selected); for 5 seeds of the projection.
+          the prompts with a gradient (which alone can be selected); for each of SEEDS of the projection.
 
     python experiments/selection.py toy
     python experiments/selection.py smollm2    about half an hour
@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
-TARGETED, KIND, SEEDS = ("sort", "dbl"), "chain_sum", range(5)
+TARGETED, KIND, SEEDS = ("sort", "dbl"), "chain_sum", range(1)
 
 
 def properties(rollouts, which):
