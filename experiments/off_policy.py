@@ -1,17 +1,17 @@
 """Claim 2, off-policy fidelity: how near do the gradients of the old answers stay to fresh on-policy ones, phase after phase?
 
-At the base policy and after each phase of a CROPI run (experiments/acceleration.sh), for 600 train prompts of the toy (every
-fourth): the gradient of eq. g(s0) from the first K of 32 responses that the BASE policy once gave, with the token ratio and
+At the base policy and after each phase of a CROPI run (experiments/acceleration.sh), for 400 train prompts of the toy (every
+sixth): the gradient of eq. g(s0) from the first K of 32 responses that the BASE policy once gave, with the token ratio and
 without it (rho = 1, its gradient that of log pi), beside the gradient from K of 32 FRESH responses of the current policy. All
 are compared with one reference: 64 further fresh responses. The fresh gradient at the same K shows what K alone costs, that
 is the noise ceiling; what the off-policy one lies below it is the price of old answers. "split" compares the reference's
 halves. Gradients are sketched at keep = 1 and dim 32768 (a cosine is off by about 0.006).
 
 cosine       mean over the prompts that have both gradients, and the share of them above 0.6.
-overlap      of the top 10% (60 of 600) by cosine with the validation mean (for old: from the loop's own K_VAL answers of the
+overlap      of the top 10% (40 of 400) by cosine with the validation mean (for old: from the loop's own K_VAL answers of the
              base policy; for fresh and reference: 64 fresh ones), mean over the two validation sets. Chance: 0.1.
 targeted     share of that top 10% that is of the two targeted families (in the pool: a twelfth), mean over the two sets.
-neighbour    share of prompts whose nearest other prompt, by cosine of gradients, is the reference's. Chance: 0.002.
+neighbour    share of prompts whose nearest other prompt, by cosine of gradients, is the reference's. Chance: 0.003.
 live         share of the prompts that have a gradient.
 
     python experiments/off_policy.py          after experiments/acceleration.sh; about 20 minutes
@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 from sparse_ratio import RESULTS, ROOT, gradients_of, sketch
 
 WORLD, RUN, OUT = ROOT / "runs/toy-world", ROOT / "runs/acceleration/seed-0", ROOT / "runs/off_policy"
-KS, REFERENCE, EVERY, SETS = (2, 4, 8, 16, 32), 64, 4, ("val_sort", "val_dbl")
+KS, REFERENCE, EVERY, SETS = (2, 4, 8, 16, 32), 64, 6, ("val_sort", "val_dbl")
 
 
 def collect(policy, data, out, k, seed):
