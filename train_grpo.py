@@ -549,8 +549,13 @@ def main():
             os.replace(part / "new.pt", path)
 
     stop = torch.zeros(1)
+
+    def stop_after_this_step(number, _):
+        stop.fill_(1)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.fill_(1))
+        signal.signal(number, stop_after_this_step)
     update_sampler()
     if first + done == 0 and not metrics:
         metrics.append({"step": 0, "seconds": 0.0, **evaluate(sampler, tokenizer, tests, args)})
