@@ -106,8 +106,8 @@ done
 [ -n "$TRAIN" ] && [ -n "$VAL" ] || die "MODEL is set but TRAIN or VAL is not; README.md has an example"
 
 mkdir -p "$RUN"
-exec 9>"$RUN/lock" # held until this script and its stages have ended, however they end
-! command -v flock >/dev/null || flock -n 9 || die "another run_cropi.sh is at work in $RUN; wait for it or set RUN"
+exec 9>"$RUN/lock" # held until this script and its stages have ended, however they end: killed ones take a moment
+! command -v flock >/dev/null || flock -w 5 9 || die "another run_cropi.sh is at work in $RUN; wait for it or set RUN"
 
 if [ -n "$TOY" ]; then
     stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY"

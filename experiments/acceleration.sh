@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 [ -e runs/toy-world/seconds.tsv ] || bash run_cropi.sh # makes the toy world
 export PYTHON OMP_NUM_THREADS=1 PHASES=4 STEPS=40 METHOD=random BASELINE="full cropi influence learnability passrate"
 mkdir -p runs/acceleration
-echo "progress: runs/acceleration/seed-*.log"
+echo "progress: runs/acceleration/log-*.txt"
 printf '%s\n' ${SEEDS:-0 1 2 3} | xargs -P "${JOBS:-2}" -I {} bash -c \
-    'SEED={} RUN=runs/acceleration/seed-{} bash run_cropi.sh >>runs/acceleration/seed-{}.log 2>&1'
+    'SEED={} RUN=runs/acceleration/seed-{} bash run_cropi.sh >>runs/acceleration/log-{}.txt 2>&1'
 "$PYTHON" experiments/acceleration.py
