@@ -105,9 +105,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["toy", "smollm2", "plot"])
     part, path = parser.parse_args().part, RESULTS / "selection.json"
+    made = {"toy": toy, "smollm2": smollm2, "plot": dict}[part]()
     result = json.loads(path.read_text()) if path.exists() else {}
-    if part != "plot":
-        result[part] = {"toy": toy, "smollm2": smollm2}[part]()
+    if made:
+        result[part] = made
         path.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result[part], indent=1))
     if "toy" in result:
