@@ -590,6 +590,7 @@ def main():
         if (stop or (s + 1) % args.save_every == 0) and not last:
             save(part / "checkpoint.pt", step=s + 1, policy=get_model_state_dict(policy, options=WHOLE), metrics=metrics)
         if stop and not last:
+            progress.close()  # else the bar would be drawn once more, after the message
             if RANK == 0:
                 print(f"{args.out}: stopped after step {s + 1} of {args.steps}; the same command goes on", file=sys.stderr)
             sys.exit(130)
