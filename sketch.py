@@ -243,6 +243,7 @@ class Sketcher:
         known = all(type(m) in KNOWN or type(m).__name__.endswith("RMSNorm") for m in modules)  # no subclass
         self.fast = fast and known
         policy.requires_grad_(not self.fast)
+        policy.zero_grad()  # plain autograd reads .grad
         self.hooks = [module.register_forward_hook(self.watch) for module in modules if self.fast]
 
     def watch(self, module, inputs, output):

@@ -84,6 +84,7 @@ def sketching(policy, path, dim, drop, batch_tokens, folder):
     """Seconds of sketch.py's work at a loaded policy, and its bytes on disk among them."""
     began = time.perf_counter()
     sketcher = sketch.make_sketcher(policy, projection(dim, drop))
+    assert sketcher.fast
     identity = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim, "drop": drop, "projection": "sjlt"}
     sketch.sketch_file(sketcher, path, folder / f"{drop}.npy", identity, batch_tokens)
     sketcher.close()

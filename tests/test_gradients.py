@@ -247,6 +247,8 @@ def test_sketch_is_the_projection_of_the_true_gradient(policy_and_truth, kind, d
         projection.add(name, parameter.shape, gradients[:, projection.draw(name, parameter.shape)[0]], sums)
         start += parameter.numel()
     expected = projection.sketches(sums)
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter)  # left over from somebody's training
     fast, plain = sketch.Sketcher(policy, projection), sketch.Sketcher(policy, projection, fast=False)
     policy.requires_grad_(False)
     assert relative_error(fast(*arguments([0, 1, 2, 3, 4])), expected) <= 1e-5
