@@ -41,6 +41,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -208,7 +209,43 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
 
 
-ENGINES = {"hf": sample}  # another engine is another function of sample's signature
+def load_vllm(name, dtype, kv_tokens, context):
+    """vLLM's engine in this process: sample_vllm takes it in the policy's place.
+
+    dtype: of the weights. kv_tokens: tokens in its KV cache. context: tokens of the longest prompt and response together.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights can be replaced
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    gpu = torch.cuda.is_available()
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # bytes of its keys and values
+        with warnings.catch_warnings(action="ignore"):  # vLLM's own, of what it imports
+            from vllm import LLM
+
+            return LLM(name, dtype=dtype, max_model_len=context, logprobs_mode="processed_logprobs", generation_config="vllm",
+                       kv_cache_memory_bytes=max(kv_tokens, 2 * context + 1024) * token, skip_tokenizer_init=True,
+                       enforce_eager=not gpu, enable_sleep_mode=gpu, use_tqdm_on_load=False,
+                       distributed_executor_backend="external_launcher" if WORLD > 1 else None)
+    except Exception as error:  # no vLLM, or one that cannot run this model here
+        fail(name, f"no vLLM engine for it ({error})", "vLLM and a model that it knows",
+             "pip install -r requirements-vllm.txt, or choose --engine hf")
+
+
+def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
+    """What `sample` does, by vLLM. (Engine 'vllm'.) Equal seeds give equal responses where the batches are equal, too."""
+    from vllm import SamplingParams
+
+    settings = [SamplingParams(n=k, seed=seed % 2**62, temperature=temperature, max_tokens=max_new_tokens, ignore_eos=True,
+                               stop_token_ids=eos_ids, logprobs=0, detokenize=False) for seed in seeds]
+    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+    found = [response for request in requests for response in request.outputs]
+    return [list(r.token_ids) for r in found], [[at[x].logprob for at, x in zip(r.logprobs, r.token_ids)] for r in found]
+
+
+ENGINES = {"hf": sample, "vllm": sample_vllm}
 
 
 def batches_by_tokens(lengths, budget):
@@ -302,7 +339,7 @@ def read_prompts(args, tokenizer, sources):
     return examples, prompts
 
 
-def collect_file(args, tokenizer, policy, sources, examples, prompts, out):
+def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, prompts, out):
     """One rollouts.pt. Its parts stay: a run that was killed later on need not sample again."""
     answers = [answer for _, answer, _ in examples]
     eos_ids = end_tokens(args.model, tokenizer)
@@ -313,9 +350,10 @@ def collect_file(args, tokenizer, policy, sources, examples, prompts, out):
     with replacing(out) if RANK == 0 else nullcontext() as file:
         if k:
             costs = [k * (len(p) + args.max_new_tokens) for p in prompts]
-            plan = batches_by_tokens(costs, args.kv_tokens)  # one for all processes
+            # One plan for all processes. vLLM minds its cache itself: a batch is so many responses that few wait for the last.
+            plan = batches_by_tokens(costs, args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // k))
             mine = deal([len(batch) * costs[batch[0]] for batch in plan], WORLD)[RANK]
-            folder = unfinished(out, [meta, stream_seed(prompts, answers), fingerprint(policy), args.engine, args.dtype,
+            folder = unfinished(out, [meta, stream_seed(prompts, answers), policy_fingerprint, args.engine, args.dtype,
                                       args.kv_tokens])
             progress = tqdm(total=sum(len(plan[i]) for i in mine), desc=f"collect {out.name}", unit="prompt",
                             disable=RANK > 0)
@@ -365,7 +403,7 @@ def main():
     parser.add_argument("--family-key", default="family", help="column with a prompt's kind, for plots only (family)")
     parser.add_argument("--instruction", default="", help="text appended to every string prompt")
     parser.add_argument("--limit", type=int, help="use the first LIMIT examples of each data set only")
-    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
+    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples: transformers or vLLM (hf)")
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
@@ -384,13 +422,17 @@ def main():
     tokenizer = load_tokenizer(args.model)
     files = [(args.data, args.out[0])] if len(args.out) == 1 else [([data], out) for data, out in zip(args.data, args.out)]
     files = [(sources, *read_prompts(args, tokenizer, sources), out) for sources, out in files]
-    policy = load_policy(args.model, args.device, args.dtype) if args.k else None
+    policy = load_policy(args.model, args.device if args.engine == "hf" else "cpu", args.dtype) if args.k else None
+    policy_fingerprint = fingerprint(policy) if args.k else None
+    if args.engine == "vllm" and args.k:
+        context = max(len(prompt) for *_, prompts, _ in files for prompt in prompts) + args.max_new_tokens
+        policy = load_vllm(args.model, args.dtype, args.kv_tokens, context)
     for file in files:
-        collect_file(args, tokenizer, policy, *file)
+        collect_file(args, tokenizer, policy, policy_fingerprint, *file)
     barrier()
     for out in args.out if RANK == 0 else ():
         shutil.rmtree(parts_of(out), ignore_errors=True)
-    if WORLD > 1:
+    if WORLD > 1 and args.engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
 
 

@@ -4,12 +4,17 @@
 #   bash run_cropi.sh                                    a toy world made on the spot, on a CPU, with full data beside CROPI
 #   METHOD=learnability bash run_cropi.sh                another selection rule in the same loop
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh       your model and data (README.md)
+#   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh                   the paper's main experiment
 #
 # A run that was stopped goes on where it was when started again with the same settings.
 set -euo pipefail
 cd "$(dirname "$0")"
+die() { echo "run_cropi.sh: error: $*" >&2; exit 2; }
 
 # ---- every knob ----------------------------------------------------------------------------------------------------
+PRESET=${PRESET:-}                    # a file that sets some of the knobs below; what the environment sets goes before it
+[ -z "$PRESET" ] || [ -f "$PRESET" ] || die "PRESET $PRESET: no such file; expected one of: $(echo presets/*)"
+[ -z "$PRESET" ] || . "$PRESET"
 METHOD=${METHOD:-cropi}               # full | random | passrate | learnability | influence (selected once) | cropi
 MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub name; empty: the toy world and its settings
 if [ -z "$MODEL" ]; then
@@ -53,8 +58,8 @@ KL_COEF=${KL_COEF:-0.001}             # lambda_KL, towards the base policy
 EVAL_EVERY=${EVAL_EVERY:-10}          # steps between evaluations
 EVAL_SAMPLES=${EVAL_SAMPLES:-4}       # responses a test prompt
 SAVE_EVERY=${SAVE_EVERY:-50}          # steps between checkpoints within a phase
-ENGINE=${ENGINE:-hf}                  # what samples
-KV_TOKENS=${KV_TOKENS:-65536}         # tokens in the KV cache while sampling: lower it where memory is short
+ENGINE=${ENGINE:-}                    # what samples: hf (transformers) or vllm; empty: vllm on a GPU, hf elsewhere
+KV_TOKENS=${KV_TOKENS:-65536}         # tokens in a process's KV cache while sampling: lower it where memory is short
 BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens of a micro-batch with gradients: likewise
 DTYPE=${DTYPE:-float32}               # or bfloat16; training keeps float32 weights either way
 NPROC=${NPROC:-1}                     # processes (GPUs) of this machine, by torchrun
@@ -63,9 +68,8 @@ SEED=${SEED:-0}
 PYTHON=${PYTHON:-}                    # a Python that has requirements.txt; empty: a .venv made on first use
 
 # ---- set-up --------------------------------------------------------------------------------------------------------
-die() { echo "run_cropi.sh: error: $*" >&2; exit 2; }
-
 . ./setup.sh
+ENGINE=${ENGINE:-${GPU:+vllm}} ENGINE=${ENGINE:-hf}
 
 launch=("$PYTHON")
 [ "$NPROC" -eq 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")

@@ -23,8 +23,9 @@ Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer) with opt
 The run works in OUT.part and renames it at its end. Stopped (Ctrl-C leaves a checkpoint) or killed and started again with the
 same command, it goes on from the last checkpoint (--save-every) and ends with the same bytes: random numbers come from
 (seed, step, place in the batch). --dtype bfloat16 is mixed precision: the weights and AdamW's state stay float32.
-Under torchrun, FSDP2 shards weights, gradients and AdamW's state; each process holds a whole copy that samples its share of
-the prompts. Files are those of one process, and either goes on with the other's checkpoints.
+--engine vllm samples with vLLM in this process; it gets the new weights after every update. Under torchrun, FSDP2 shards
+weights, gradients and AdamW's state; each process holds a whole copy (or an engine) that samples its share of the prompts.
+Files are those of one process, and either goes on with the other's checkpoints.
 Departs from the paper: no entropy bonus (theirs is 0.001).
 
     python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --eval test.pt \\
@@ -42,6 +43,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -54,7 +56,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 FORMAT = 1  # of rollouts.pt
@@ -221,7 +223,63 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
 
 
-ENGINES = {"hf": sample}  # another engine is another function of sample's signature
+def load_vllm(name, dtype, kv_tokens, context):
+    """vLLM's engine in this process: sample_vllm takes it in the policy's place.
+
+    dtype: of the weights. kv_tokens: tokens in its KV cache. context: tokens of the longest prompt and response together.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights can be replaced
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    gpu = torch.cuda.is_available()
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # bytes of its keys and values
+        with warnings.catch_warnings(action="ignore"):  # vLLM's own, of what it imports
+            from vllm import LLM
+
+            return LLM(name, dtype=dtype, max_model_len=context, logprobs_mode="processed_logprobs", generation_config="vllm",
+                       kv_cache_memory_bytes=max(kv_tokens, 2 * context + 1024) * token, skip_tokenizer_init=True,
+                       enforce_eager=not gpu, enable_sleep_mode=gpu, use_tqdm_on_load=False,
+                       distributed_executor_backend="external_launcher" if WORLD > 1 else None)
+    except Exception as error:  # no vLLM, or one that cannot run this model here
+        fail(name, f"no vLLM engine for it ({error})", "vLLM and a model that it knows",
+             "pip install -r requirements-vllm.txt, or choose --engine hf")
+
+
+def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
+    """What `sample` does, by vLLM. (Engine 'vllm'.) Equal seeds give equal responses where the batches are equal, too."""
+    from vllm import SamplingParams
+
+    settings = [SamplingParams(n=k, seed=seed % 2**62, temperature=temperature, max_tokens=max_new_tokens, ignore_eos=True,
+                               stop_token_ids=eos_ids, logprobs=0, detokenize=False) for seed in seeds]
+    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+    found = [response for request in requests for response in request.outputs]
+    return [list(r.token_ids) for r in found], [[at[x].logprob for at, x in zip(r.logprobs, r.token_ids)] for r in found]
+
+
+ENGINES = {"hf": sample, "vllm": sample_vllm}
+
+
+def update_vllm(llm, weights):
+    """The policy's `weights`, pairs (name, tensor), into the engine by vLLM's own loading; its caches are of the old ones.
+
+    On a GPU the engine slept (level 2, without weights and cache) while the policy was trained.
+    """
+
+    def pack_again(model):  # on a CPU vLLM has packed the weights, and forgets the copy that a tied output layer has
+        if hasattr(model.lm_head, "cpu_linear"):
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what training has freed goes back to the GPU
+        llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    llm.apply_model(pack_again)
+    if torch.cuda.is_available():
+        llm.wake_up(tags=["kv_cache"])
+    llm.reset_prefix_cache()
 
 
 def verify(response, answer, verifier):
@@ -334,7 +392,10 @@ def roll_out(policy, tokenizer, prompts, answers, k, temperature, meta, seeds, a
     Every process samples its share of the prompts and gets those of the others.
     """
     mine, found = range(RANK, len(prompts), WORLD), []
-    for batch in batches_by_tokens([k * (len(prompts[i]) + meta["max_new_tokens"]) for i in mine], args.kv_tokens):
+    plan = [range(len(mine))]  # vLLM minds its cache itself
+    if args.engine == "hf":
+        plan = batches_by_tokens([k * (len(prompts[i]) + meta["max_new_tokens"]) for i in mine], args.kv_tokens)
+    for batch in plan if mine else ():
         batch = [mine[j] for j in batch]
         drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, temperature, meta["max_new_tokens"],
                                            meta["eos_ids"], [seeds[i] for i in batch])
@@ -457,7 +518,7 @@ def main():
     parser.add_argument("--eval-every", type=int, default=10, help="steps between evaluations (10)")
     parser.add_argument("--eval-samples", type=int, default=4, help="responses a test prompt (4)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints to go on from (50)")
-    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples (hf)")
+    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples: transformers or vLLM (hf)")
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of an update's micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -489,12 +550,18 @@ def main():
         return
     loaded = {Path(path).stem: load_rollouts(path) for path in args.eval}
     tests = {name: ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"]) for name, test in loaded.items()}
-    tokenizer, policy = load_tokenizer(args.model), load_policy(args.model, args.device, "float32")
+    tokenizer = load_tokenizer(args.model)
+    if args.engine == "vllm":  # before the policy: it looks for free memory
+        longest = [max(map(len, p)) + m["max_new_tokens"] for p, _, m in [(prompts, answers, meta), *tests.values()]]
+        sampler = load_vllm(args.model, args.dtype, args.kv_tokens, max(longest))
+        if torch.cuda.is_available():
+            sampler.sleep(level=2)
+    policy = load_policy(args.model, args.device, "float32")
     check_output_logits(policy, args.model)
     reference = load_policy(args.ref or args.model, args.device, "float32") if args.kl_coef else None
-    sampler = policy  # one process samples from the weights that it trains
+    if args.engine == "hf":  # one process samples from the weights that it trains
+        sampler = policy if WORLD == 1 else load_policy(args.model, args.device, args.dtype)
     if WORLD > 1:
-        sampler = load_policy(args.model, args.device, args.dtype)
         for model in filter(None, (policy, reference)):
             shard(model, args.dtype)
     else:  # mixed precision: in bfloat16 weights an update of 1e-6 would round away
@@ -537,10 +604,12 @@ def main():
 
     # Training
     def update_sampler():
-        if sampler is not policy:
-            with torch.no_grad():
-                for ours, sharded in zip(sampler.parameters(), policy.parameters()):
-                    ours.copy_(whole(sharded))
+        weights = ((name, whole(weight.detach())) for name, weight in policy.named_parameters())
+        if args.engine == "vllm":
+            update_vllm(sampler, weights)
+        elif sampler is not policy:
+            for ours, (_, weight) in zip(sampler.parameters(), weights):
+                ours.data.copy_(weight)
 
     def save(path, **state):
         state |= {"optimizer": get_optimizer_state_dict(policy, optimizer, options=WHOLE)}
@@ -570,6 +639,8 @@ def main():
         responses, logp_sampled, rewards = roll_out(sampler, tokenizer, queries, [answers[i] for i in batch], args.group,
                                                     meta["temperature"], meta, seeds, args)
         sampled = time.perf_counter()
+        if args.engine == "vllm" and torch.cuda.is_available():
+            sampler.sleep(level=2)
         row = grpo_step(policy, reference, optimizer, queries, responses, logp_sampled, rewards, meta["temperature"], args)
         update_sampler()
         row["sampling_seconds"] = sampled - began
@@ -598,8 +669,9 @@ def main():
     save(part / "optimizer.pt", step=first + args.steps)
     weights = get_model_state_dict(policy, options=WHOLE)
     if RANK == 0:
-        sampler.cpu().float().load_state_dict(weights)
-        sampler.save_pretrained(part)
+        trained = policy if WORLD == 1 else load_policy(args.model, "cpu", "float32")
+        trained.load_state_dict(weights)
+        trained.save_pretrained(part)
         tokenizer.save_pretrained(part)
         for leftover in (part / "checkpoint.pt", part / "lock"):
             leftover.unlink(missing_ok=True)
@@ -608,7 +680,7 @@ def main():
         os.replace(part, args.out)
         print(f"{args.out}: {args.steps} steps on {len(selected)} prompts, {clock:.0f} s; "
               f"{json.dumps(metrics[-1].get('eval', {}))}")
-    if WORLD > 1:
+    if WORLD > 1 and args.engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
 
 

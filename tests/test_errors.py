@@ -1,5 +1,6 @@
 """Bad input: one line that names the file, exit code 2, and the output that was there is untouched."""
 
+import importlib.util
 import json
 import pickle
 import shutil
@@ -197,6 +198,15 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     refuses(sketch, "--model", empty, "--rollouts", files["rollouts"], names=empty, says="found no loadable model")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+def test_engine_that_is_not_installed(files, refuses, tmp_path):
+    base = files["base"]
+    refuses(collect, "--model", base, "--data", files["data"], "--max-new-tokens", 9, "--engine", "vllm", names=base,
+            says="No module named")
+    refuses(train_grpo, "--model", base, "--rollouts", files["rollouts"], "--select", files["selected"], "--steps", 1,
+            "--engine", "vllm", names=base, says="requirements-vllm.txt", out=tmp_path / "policy")
 
 
 @pytest.mark.parametrize("stage", ["collect", "sketch", "score", "train_grpo"])

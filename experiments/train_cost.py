@@ -1,0 +1,149 @@
+"""What a GRPO step costs: train_grpo.py against TRL's GRPOTrainer on the same policy, prompts and settings.
+
+Both sample 8 responses to each of 64 prompts by transformers, verify them, and make one AdamW update with a KL term, in
+float32. In turns in one process, each with a fresh policy every round and the first step of a round left out; before that,
+each side's best micro-batch size is looked for. The figure is sampled tokens a second, the whole step counted.
+
+    pip install trl && python experiments/train_cost.py                  after run_cropi.sh (toy)
+
+Prints each round and writes experiments/results/train_cost.json: speedup_vs_trl, and where the seconds go on both sides.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from functools import wraps
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_grpo
+
+PROMPTS, GROUP, LR, KL = 64, 8, 1e-4, 1e-3  # of a step: the toy's settings
+
+
+def timed(function, clock, part, applies=lambda: True):
+    """The same function; its seconds are added to clock[part] where `applies`."""
+    @wraps(function)
+    def run(*arguments, **keywords):
+        began, counts = time.perf_counter(), applies()
+        result = function(*arguments, **keywords)
+        clock[part] += counts * (time.perf_counter() - began)
+        return result
+    return run
+
+
+def ours(model, rollouts, tokenizer, steps, micro):
+    """[(sampled tokens, {part: seconds})] of each step. micro: tokens of a micro-batch."""
+    args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, clip=0.2, kl_coef=KL, max_grad_norm=1.0, seed=0)
+    policy, reference = (train_grpo.load_policy(model, "cpu", "float32") for _ in range(2))
+    optimizer, meta, found = torch.optim.AdamW(policy.parameters(), lr=LR), rollouts["meta"], []
+    clock, original = {}, train_grpo.response_logprobs
+    train_grpo.response_logprobs = timed(original, clock, "log-probs of the reference")
+    for step in range(steps):
+        began, clock["log-probs of the reference"] = time.perf_counter(), 0.0
+        batch = train_grpo.batch_of_step(range(len(rollouts["prompts"])), PROMPTS, step, 0)
+        queries, seeds = [rollouts["prompts"][i].tolist() for i in batch], [train_grpo.stream_seed(step, i) for i in batch]
+        drawn, logp, rewards = train_grpo.roll_out(policy, tokenizer, queries, [rollouts["answers"][i] for i in batch], GROUP,
+                                                   meta["temperature"], meta, seeds, args)
+        sampled = time.perf_counter()
+        train_grpo.grpo_step(policy, reference, optimizer, queries, drawn, logp, rewards, meta["temperature"], args)
+        ended = time.perf_counter()
+        found.append((sum(map(len, drawn)), {"step": ended - began, "sampling and verifying": sampled - began, **clock}))
+    train_grpo.response_logprobs = original
+    return found
+
+
+def trls(model, rollouts, tokenizer, steps, micro):
+    """The same of TRL. micro: responses of a micro-batch."""
+    clock, tokens, found = {}, [], []
+    meta = rollouts["meta"]
+
+    def reward(completions, completion_ids, answer, **_):
+        tokens.append(sum(map(len, completion_ids)))
+        return [train_grpo.verify(text, gold, meta["verifier"]) for text, gold in zip(completions, answer)]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock.update({"step": -time.perf_counter(), "sampling and verifying": 0.0, "log-probs of the reference": 0.0})
+            tokens.clear()
+
+        def on_step_end(self, *_, **__):
+            clock["step"] += time.perf_counter()
+            found.append((sum(tokens), dict(clock)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = trl.GRPOConfig(
+            folder, per_device_train_batch_size=micro, gradient_accumulation_steps=PROMPTS * GROUP // micro,
+            num_generations=GROUP, max_completion_length=meta["max_new_tokens"], temperature=meta["temperature"], top_k=0,
+            top_p=1.0, beta=KL, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0,
+            max_steps=steps, loss_type="grpo", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=0,
+            report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True)
+        data = Dataset.from_dict({"prompt": [tokenizer.decode(p) for p in rollouts["prompts"]], "answer": rollouts["answers"]})
+        trainer = trl.GRPOTrainer(train_grpo.load_policy(model, "cpu", "float32"), reward, config, train_dataset=data,
+                                  processing_class=tokenizer, callbacks=[Clock()])
+        for name in ("_generate", "_calculate_rewards"):
+            setattr(trainer, name, timed(getattr(trainer, name), clock, "sampling and verifying"))
+        of_reference = lambda: not torch.is_grad_enabled()  # noqa: E731
+        trainer._get_per_token_logps_and_entropies = timed(
+            trainer._get_per_token_logps_and_entropies, clock, "log-probs of the reference", of_reference)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return found
+
+
+def speed(steps):
+    """Sampled tokens a second and the mean seconds of each part, the first step left out."""
+    steps = steps[1:]
+    parts = {part: round(statistics.mean(s[part] for _, s in steps), 4) for part in steps[0][1]}
+    return {"tokens_a_second": round(sum(t for t, _ in steps) / sum(s["step"] for _, s in steps), 1),
+            "tokens_a_step": round(statistics.mean(t for t, _ in steps), 1), "seconds_a_step": parts}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "runs/toy-world/base")
+    parser.add_argument("--rollouts", type=Path, default=ROOT / "runs/toy/rollouts/train.pt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="of a round, the first of which warms up (6)")
+    parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/train_cost.json")
+    args = parser.parse_args()
+    for quiet in (transformers.utils.logging.set_verbosity_error, transformers.utils.logging.disable_progress_bar):
+        quiet()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    rollouts, tokenizer = train_grpo.load_rollouts(args.rollouts), train_grpo.load_tokenizer(args.model)
+    sides = {"train_grpo.py": (ours, (1024, 2048, 4096, 8192)), "TRL": (trls, (64, 128, 256, 512))}
+    best, tried = {}, {}
+    for side, (run, sizes) in sides.items():
+        tried[side] = {size: speed(run(args.model, rollouts, tokenizer, 4, size))["tokens_a_second"] for size in sizes}
+        best[side] = max(sizes, key=tried[side].get)
+        print(f"{side}: micro-batch {best[side]} of {tried[side]}")
+    rounds = []
+    for number in range(args.rounds):
+        rounds.append({side: speed(run(args.model, rollouts, tokenizer, args.steps, best[side]))
+                       for side, (run, _) in sides.items()})
+        rounds[-1]["speedup"] = round(rounds[-1]["train_grpo.py"]["tokens_a_second"] / rounds[-1]["TRL"]["tokens_a_second"], 3)
+        print(f"round {number + 1}: {json.dumps(rounds[-1])}")
+    ratios = [each["speedup"] for each in rounds]
+    results = {"speedup_vs_trl": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "micro_batch": best,
+               "tried": tried, "rounds": rounds, "prompts_a_step": PROMPTS, "group": GROUP, "lr": LR, "kl_coef": KL,
+               "command": " ".join(["python experiments/train_cost.py", *sys.argv[1:]]),
+               "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                            "transformers": transformers.__version__, "trl": trl.__version__},
+               "threads": torch.get_num_threads()}
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"speedup {results['speedup_vs_trl']} ({min(ratios)} to {max(ratios)}); {args.out}")
+
+
+if __name__ == "__main__":
+    main()
