@@ -101,6 +101,23 @@ def test_loop_refuses_other_settings(micro_run, world):
     assert done.returncode == 2 and "LR=1e-2" in done.stderr and artefacts(run) == before
 
 
+def test_preset_sets_what_the_environment_does_not(tmp_path):
+    """The model is not there: collect.py says so after the settings have been written down."""
+    def loop(preset):
+        return subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
+                              env={**os.environ, "PRESET": preset, "MODEL": str(tmp_path / "none"), "K": "4",
+                                   "RUN": str(tmp_path), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"})
+
+    done = loop("presets/qwen2.5-1.5b.sh")
+    assert done.returncode == 2 and "collect.py: error: " in done.stderr and done.stderr.count("\n") == 1
+    assert "--k 4 " in done.stdout and "--instruction  Please reason step by step" in done.stdout
+    found = dict(line.split("=", 1) for line in (tmp_path / "rollouts/settings.txt").read_text().splitlines())
+    assert found["K"] == "4" and found["K_VAL"] == "32" and found["TEMPERATURE"] == "0.5" and found["DTYPE"] == "bfloat16"
+    assert len(found["TRAIN"].split()) == 3 and found["INSTRUCTION"].endswith("within \\boxed{}.")
+    missing = loop("presets/none.sh")
+    assert missing.returncode == 2 and "presets/qwen2.5-1.5b.sh" in missing.stderr and missing.stderr.count("\n") == 1
+
+
 def test_loop_of_two_processes_selects_the_same(micro_run, world, tmp_path):
     """NPROC=2: collection, sketches and selection byte for byte those of one process; training runs."""
     run = tmp_path / "run"

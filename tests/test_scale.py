@@ -5,15 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, without_seconds
+from conftest import ROOT, tiny_qwen, without_seconds
 from transformers import AutoModelForCausalLM
 
 import collect
 import sketch
+import train_grpo
 
 
 @pytest.mark.parametrize("many", [True, False])
@@ -67,6 +69,24 @@ def test_two_processes_sketch_the_same_bytes(micro_run, world, tmp_path):
     for name in names:
         assert (tmp_path / f"{name}.npy").read_bytes() == (run / f"cropi/phase-1/{name}.npy").read_bytes()
     assert len(list(tmp_path.iterdir())) == 4  # with the .json files
+
+
+def test_logits_of_a_real_vocabulary_exist_in_parts():
+    """152,064 tokens as in Qwen2.5-7B, 16 responses of 60 tokens: 146M logits in all, at most 2^25 = 34M at once."""
+    policy, generator = tiny_qwen(tied=True, vocab=152064), torch.Generator().manual_seed(0)
+    prompts = [torch.randint(9, 152064, (3,), generator=generator).tolist() for _ in range(2)]
+    responses = [torch.randint(9, 152064, (60,), generator=generator).tolist() for _ in range(16)]
+    made, rewards = [], torch.tensor([[0.0, 1.0] * 4] * 2)
+    policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
+    args = SimpleNamespace(batch_tokens=10**6, clip=0.2, kl_coef=0.0, max_grad_norm=1.0)
+    train_grpo.grpo_step(policy, None, torch.optim.AdamW(policy.parameters()), prompts, responses, [[0.0] * 60] * 16, rewards,
+                         1.0, args)
+    sketcher = sketch.Sketcher(policy, sketch.Projection(0, 0.001, 64, "sjlt", "coordinates", "cpu"))
+    assert sketcher.fast
+    advantages = sketch.group_advantage(rewards).flatten()
+    sketcher(prompts, responses, [torch.zeros(60)] * 16, advantages, 8, 1.0)
+    total = 16 * 60 * 152064
+    assert sum(made) >= 2 * total and max(made) <= 2**25 < total / 4
 
 
 class Killed(Exception):

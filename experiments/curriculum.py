@@ -1,0 +1,174 @@
+"""Why influence that is computed again every phase does not beat influence computed once: curricula with one thing changed.
+
+From the policy that CROPI's first phase leaves (experiments/acceleration.sh), phases 1 to 3 are run again, all as in the loop
+but for one change:
+
+fresh       before each selection the CURRENT policy answers all train and validation prompts anew (same K): no old answers
+no ratio    the old answers without the token ratio (rho = 1, its gradient that of log pi)
+size        the ranking is by the inner product with the validation mean, which weighs a prompt by the size of its gradient,
+            instead of by the cosine, which does not
+fresh, size both
+
+    SEEDS="0 1 2 3" python experiments/curriculum.py run        after experiments/acceleration.sh; resumable, about 8 minutes
+                                                               a seed and variant's share of two threads
+    python experiments/curriculum.py                            numbers and figure anew
+
+Writes experiments/results/curriculum.json (smoothed targeted accuracy half-way and at the end, and the targeted families'
+share of each selection, for each variant and seed) and curriculum.png.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from acceleration import RESULTS, ROOT, smoothed
+
+import plot
+import score
+import train_grpo
+
+RUNS, OUT, WORLD = ROOT / "runs/acceleration", ROOT / "runs/curriculum", ROOT / "runs/toy-world"
+VARIANTS = ("fresh", "no ratio", "size", "fresh, size")
+SETS = ("val_sort", "val_dbl")
+
+
+def stage(script, *arguments):
+    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def rollouts_for(variant, policy, old, folder, seed):
+    """Paths of the rollouts that a variant sketches: {train, val_sort, val_dbl}."""
+    paths = {name: folder / f"{name}.pt" for name in ("train", *SETS)}
+    for name, path in paths.items():
+        if path.exists():
+            continue
+        rollouts = torch.load(old / f"{name}.pt", weights_only=True)
+        if "fresh" in variant:
+            stage("collect.py", "--model", policy, "--data", WORLD / f"{name}.jsonl", "--k", rollouts["meta"]["k"],
+                  "--verifier", "exact", "--max-new-tokens", 10, "--seed", seed, "--out", path)
+        elif variant == "no ratio":  # with beta = pi_theta the ratio is 1
+            ragged, model = train_grpo.load_rollouts(old / f"{name}.pt"), train_grpo.load_policy(policy, "cpu", "float32")
+            prompts = [prompt for prompt in ragged["prompts"] for _ in range(rollouts["meta"]["k"])]
+            logprobs = []
+            for start in range(0, len(prompts), 512):
+                some = slice(start, start + 512)
+                responses = [ragged["responses"][i] for i in range(len(prompts))[some]]
+                logp, mask = train_grpo.response_logprobs(model, prompts[some], responses, rollouts["meta"]["temperature"])
+                logprobs.append(logp[mask])
+            torch.save({**rollouts, "logprobs": torch.cat(logprobs)}, path)
+        else:
+            path.symlink_to(old / f"{name}.pt")
+    return paths
+
+
+def select(variant, folder, rollouts):
+    names = [folder / f"{name}.npy" for name in ("train", *SETS)]
+    if "size" not in variant:
+        stage("score.py", "--train", names[0], "--val", *names[1:], "--rollouts", rollouts, "--out", folder / "selected.npy")
+        return
+    train, *sets = map(np.load, names)
+    scores = train @ np.stack([each.mean(0) for each in sets]).T  # [N, V]
+    scores[~train.any(1)] = -np.inf
+    n = score.selection_size(Fraction("0.1"), len(train))
+    np.save(folder / "selected.npy", score.select(score.reciprocal_rank_fusion(scores, n), n))
+
+
+def run(seed, variant):
+    source, target = RUNS / f"seed-{seed}", OUT / f"seed-{seed}" / variant.replace(", ", "-").replace(" ", "-")
+    target.mkdir(parents=True, exist_ok=True)
+    policy = source / "cropi/phase-0/policy"
+    for m in (1, 2, 3):
+        folder = target / f"phase-{m}"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "selected.npy").exists():
+            rollouts = rollouts_for(variant, policy, (source / "rollouts").resolve(), folder, 100 * int(seed) + m)
+            stage("sketch.py", "--model", policy, "--rollouts", *rollouts.values(), "--out",
+                  *(folder / f"{name}.npy" for name in rollouts), "--dim", 8192, "--batch-tokens", 2048, "--seed", seed)
+            select(variant, folder, rollouts["train"])
+        settings = json.loads((source / f"cropi/phase-{m}/policy/args.json").read_text())
+        names = ("steps", "batch_size", "group", "lr", "kl_coef", "eval_every", "eval_samples", "save_every", "seed")
+        arguments = [x for name in names for x in (f"--{name.replace('_', '-')}", settings[name])]
+        stage("train_grpo.py", "--model", policy, "--ref", WORLD / "base", "--rollouts", source / "rollouts/train.pt",
+              "--select", folder / "selected.npy", "--out", folder / "policy", "--optimizer", policy / "optimizer.pt",
+              "--batch-tokens", 2048, *arguments, "--eval", source / "rollouts/targeted.pt")
+        policy = folder / "policy"
+    print(f"seed {seed}, {variant}: done", flush=True)
+
+
+def curve(folders):
+    """Targeted accuracy at the evaluations of some phases' policies, and the targeted share of what was selected."""
+    rows = [json.loads(line) for folder in folders for line in (folder / "policy/metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["eval"]["targeted"]["mean"] for row in rows if "eval" in row}
+
+
+def measure():
+    seeds = sorted(path.name for path in OUT.glob("seed-*"))
+    result = {"command": "python experiments/curriculum.py", "seeds": seeds, "curves": {}, "targeted_share": {}}
+    for variant in ("cropi", "influence", *VARIANTS):
+        curves, shares = [], []
+        for seed in seeds:
+            first = RUNS / seed / "cropi/phase-0"
+            own = OUT / seed / variant.replace(", ", "-").replace(" ", "-") if variant in VARIANTS else RUNS / seed / variant
+            folders = [first, *(own / f"phase-{m}" for m in (1, 2, 3))]
+            curves.append(curve(folders if variant in VARIANTS else [own / f"phase-{m}" for m in range(4)]))
+            families = torch.load(RUNS / seed / "rollouts/train.pt", weights_only=True)["families"]
+            chosen = [np.load(folder / "selected.npy") for folder in folders]
+            shares.append([round(float(np.mean([families[i] in ("sort", "dbl") for i in each])), 4) for each in chosen])
+        result["curves"][variant] = {"steps": list(curves[0]), "targeted": [list(c.values()) for c in curves]}
+        result["targeted_share"][variant] = shares
+        values = np.array([smoothed(list(c.values())) for c in curves])  # [seeds, evaluations]
+        for key, place in (("half_accuracy", values.shape[1] // 2), ("final_accuracy", -1)):
+            result.setdefault(key, {})[variant] = {"mean": round(float(values[:, place].mean()), 4),
+                                                   "per_seed": values[:, place].round(4).tolist()}
+    return result
+
+
+def draw(result, path):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    colors = {"cropi": plot.COLORS["cropi"], "influence": plot.COLORS["influence"], "fresh": "#34495e", "no ratio": "#e59866",
+              "size": "#16a085", "fresh, size": "#8e44ad"}
+    for variant, curves in result["curves"].items():
+        values = np.array([smoothed(each) for each in curves["targeted"]])
+        axes[0].plot(curves["steps"], values.mean(0), color=colors[variant], label=variant)
+        axes[1].plot(range(4), np.mean(result["targeted_share"][variant], axis=0), marker="o", markersize=3,
+                     color=colors[variant])
+    axes[0].set(xlabel="GRPO steps", ylabel="targeted: mean reward, smoothed", title=f"means of {len(result['seeds'])} seeds")
+    axes[1].set(xlabel="phase", title="targeted families' share of the selection", ylim=(0, 1), xticks=range(4))
+    axes[0].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    if sys.argv[1:] not in ([], ["run"], ["plot"]):
+        sys.exit(__doc__)
+    path = RESULTS / "curriculum.json"
+    if sys.argv[1:] == ["run"]:
+        jobs = [(seed, variant) for variant in VARIANTS for seed in os.environ.get("SEEDS", "0 1 2 3").split()]
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda job: run(*job), jobs))
+    if sys.argv[1:] != ["plot"]:
+        path.write_text(json.dumps(measure(), indent=1) + "\n")
+    result = json.loads(path.read_text())
+    for variant in result["curves"]:
+        shares = np.mean(result["targeted_share"][variant], axis=0).round(2)
+        print(f"{variant:12} half {result['half_accuracy'][variant]['mean']:.3f}  end {result['final_accuracy'][variant]['mean']:.3f}"
+              f"  {result['final_accuracy'][variant]['per_seed']}  targeted share {shares.tolist()}")
+    draw(result, RESULTS / "curriculum.png")
+
+
+if __name__ == "__main__":
+    main()
