@@ -103,10 +103,10 @@ def test_loop_refuses_other_settings(micro_run, world):
 
 def test_preset_sets_what_the_environment_does_not(tmp_path):
     """The model is not there: collect.py says so after the settings have been written down."""
-    def loop(preset):
+    def loop(preset, **environment):
         return subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
                               env={**os.environ, "PRESET": preset, "MODEL": str(tmp_path / "none"), "K": "4",
-                                   "RUN": str(tmp_path), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"})
+                                   "HF_HUB_OFFLINE": "1", "RUN": str(tmp_path), "PYTHON": sys.executable, "ENGINE": "hf", **environment})
 
     done = loop("presets/qwen2.5-1.5b.sh")
     assert done.returncode == 2 and "collect.py: error: " in done.stderr and done.stderr.count("\n") == 1
@@ -114,6 +114,11 @@ def test_preset_sets_what_the_environment_does_not(tmp_path):
     found = dict(line.split("=", 1) for line in (tmp_path / "rollouts/settings.txt").read_text().splitlines())
     assert found["K"] == "4" and found["K_VAL"] == "32" and found["TEMPERATURE"] == "0.5" and found["DTYPE"] == "bfloat16"
     assert len(found["TRAIN"].split()) == 3 and found["INSTRUCTION"].endswith("within \\boxed{}.")
+    assert found["ENGINE"] == "hf"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    gpu = loop("presets/qwen2.5-1.5b.sh", ENGINE="", PATH=f"{tmp_path}:{os.environ['PATH']}", RUN=str(tmp_path / "gpu"))
+    assert gpu.returncode == 2 and "ENGINE=vllm" in (tmp_path / "gpu/rollouts/settings.txt").read_text()
     missing = loop("presets/none.sh")
     assert missing.returncode == 2 and "presets/qwen2.5-1.5b.sh" in missing.stderr and missing.stderr.count("\n") == 1
 
