@@ -216,6 +216,7 @@ def load_vllm(name, dtype, kv_tokens, context):
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights can be replaced
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # float32 attention in float32, not in TF32
     gpu = torch.cuda.is_available()
     try:
         config = AutoConfig.from_pretrained(name).get_text_config()
@@ -228,16 +229,19 @@ def load_vllm(name, dtype, kv_tokens, context):
             return LLM(name, dtype=dtype, max_model_len=context, logprobs_mode="processed_logprobs", generation_config="vllm",
                        kv_cache_memory_bytes=max(kv_tokens, 2 * context + 1024) * token, skip_tokenizer_init=True,
                        enforce_eager=not gpu, enable_sleep_mode=gpu, use_tqdm_on_load=False,
+                       gpu_memory_utilization=0.01,  # the share that must be free at the start; the cache's size is given
                        distributed_executor_backend="external_launcher" if WORLD > 1 else None)
     except Exception as error:  # no vLLM, or one that cannot run this model here
         fail(name, f"no vLLM engine for it ({error})", "vLLM and a model that it knows",
-             "pip install -r requirements-vllm.txt, or choose --engine hf")
+             "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
 
 
 def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     """What `sample` does, by vLLM. (Engine 'vllm'.) Equal seeds give equal responses where the batches are equal, too."""
     from vllm import SamplingParams
 
+    if not llm.reset_prefix_cache():  # of older weights, or of whatever was asked before
+        raise RuntimeError("vLLM did not empty its cache")
     settings = [SamplingParams(n=k, seed=seed % 2**62, temperature=temperature, max_tokens=max_new_tokens, ignore_eos=True,
                                stop_token_ids=eos_ids, logprobs=0, detokenize=False) for seed in seeds]
     requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)

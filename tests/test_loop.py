@@ -106,7 +106,8 @@ def test_preset_sets_what_the_environment_does_not(tmp_path):
     def loop(preset, **environment):
         return subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
                               env={**os.environ, "PRESET": preset, "MODEL": str(tmp_path / "none"), "K": "4",
-                                   "HF_HUB_OFFLINE": "1", "RUN": str(tmp_path), "PYTHON": sys.executable, "ENGINE": "hf", **environment})
+                                   "HF_HUB_OFFLINE": "1", "RUN": str(tmp_path), "PYTHON": sys.executable, "ENGINE": "hf",
+                                   **environment})
 
     done = loop("presets/qwen2.5-1.5b.sh")
     assert done.returncode == 2 and "collect.py: error: " in done.stderr and done.stderr.count("\n") == 1
