@@ -207,30 +207,37 @@ class Projection:
         return (sums[:, :self.dim] - sums[:, self.dim:]) / self.keep**0.5
 
 
+def product(a, b):
+    """a @ b [b, m, n] in float32. A GPU takes bfloat16 factors as they are: its products and sums of them are float32."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 def prompt_gradients(module, x, delta, rows):
     """Gradients of a layer's parameters for each of b prompts: yields (parameter, float32 [b, kept rows, ...]).
 
-    x: the layer's input (of an RMSNorm its output), delta: the float32 gradient at its output, [b, tokens of a prompt's
+    x: the layer's input (of an RMSNorm its output), delta: the gradient at its output, [b, tokens of a prompt's
     trajectories, ...]. rows: parameter -> which rows of its first dimension are wanted.
     """
     wanted, b = rows(module.weight), len(delta)
     if isinstance(module, nn.Embedding):
         places = x[..., 0] + module.num_embeddings * torch.arange(b, device=x.device)[:, None]
-        weight = delta.new_zeros(b * module.num_embeddings, delta.shape[-1])
-        weight = weight.index_add_(0, places.flatten(), delta.flatten(0, 1)).view(b, -1, delta.shape[-1])
+        weight = torch.zeros(b * module.num_embeddings, delta.shape[-1], device=x.device)
+        weight = weight.index_add_(0, places.flatten(), delta.flatten(0, 1).float()).view(b, -1, delta.shape[-1])
         if module.padding_idx is not None:
             weight[:, module.padding_idx] = 0  # as in autograd: looking the padding id up has no gradient
     elif isinstance(module, nn.Linear):
-        weight, wanted = delta[..., wanted].mT @ x.float(), slice(None)
+        weight, wanted = product(delta[..., wanted].mT, x), slice(None)
     elif isinstance(module, Conv1D):
-        weight, wanted = x[..., wanted].mT.float() @ delta, slice(None)
+        weight, wanted = product(x[..., wanted].mT, delta), slice(None)
     elif isinstance(module, nn.LayerNorm):
-        weight = (delta * F.layer_norm(x, module.normalized_shape, eps=module.eps)).sum(1)
+        weight = (delta.float() * F.layer_norm(x.float(), module.normalized_shape, eps=module.eps)).sum(1)
     else:  # RMSNorm: its output over its weight is the slope
-        weight = (delta * x).sum(1) / module.weight.float()
+        weight = (delta.float() * x).sum(1) / module.weight.float()
     yield module.weight, weight[:, wanted]
     if getattr(module, "bias", None) is not None:
-        yield module.bias, delta.sum(1)[:, rows(module.bias)]
+        yield module.bias, delta.float().sum(1)[:, rows(module.bias)]
 
 
 class Sketcher:
@@ -271,7 +278,7 @@ class Sketcher:
         x, delta = (torch.cat([part.reshape(b, -1, part.shape[-1] if part.is_floating_point() else 1) for part in parts], 1)
                     .split(step) for parts in zip(*calls))  # [b, tokens of a prompt's rows, in or out]
         for part, some in enumerate(sums.split(step)):
-            for parameter, gradients in prompt_gradients(module, x[part], delta[part].float(), self.wanted):
+            for parameter, gradients in prompt_gradients(module, x[part], delta[part], self.wanted):
                 self.projection.add(self.names[parameter], parameter.shape, gradients, some)
 
     def wanted(self, parameter):

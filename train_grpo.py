@@ -478,10 +478,10 @@ def checkpoint_layers(policy, on):
             module.training = on
 
 
-def shard(model, dtype):
-    """FSDP2: every process holds a part of each layer's weights, gathered when the layer runs (in `dtype`)."""
+def shard(model, device, dtype):
+    """FSDP2: every process holds on `device` a part of each layer's weights, gathered when the layer runs (in `dtype`)."""
     precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
-    mesh = torch.distributed.init_device_mesh(model.device.type, (WORLD,))
+    mesh = torch.distributed.init_device_mesh(torch.device(device).type, (WORLD,))
     for module in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] + [model]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
 
@@ -537,7 +537,9 @@ def main():
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
 
     if WORLD > 1:
-        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
+        if args.device == "cuda":
+            args.device += f":{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
 
@@ -555,23 +557,25 @@ def main():
     loaded = {Path(path).stem: load_rollouts(path) for path in args.eval}
     tests = {name: ([p.tolist() for p in test["prompts"]], test["answers"], test["meta"]) for name, test in loaded.items()}
     tokenizer = load_tokenizer(args.model)
-    if args.engine == "vllm":  # before the policy: it looks for free memory
+    if args.engine == "vllm":  # before the policy: while it starts it needs the most memory
         longest = [max(map(len, p)) + m["max_new_tokens"] for p, _, m in [(prompts, answers, meta), *tests.values()]]
         sampler = load_vllm(args.model, args.dtype, args.kv_tokens, max(longest))
         if torch.cuda.is_available():
             sampler.sleep(level=2)
-    policy = load_policy(args.model, args.device, "float32")
-    check_output_logits(policy, args.model)
-    reference = load_policy(args.ref or args.model, args.device, "float32") if args.kl_coef else None
+
+    def load(name):
+        model = load_policy(name, args.device if WORLD == 1 else "cpu", "float32")  # no GPU holds a whole one before its shard
+        check_output_logits(model, name)
+        if WORLD > 1:
+            shard(model, args.device, args.dtype)
+        else:  # mixed precision: in bfloat16 weights an update of 1e-6 would round away
+            for module in (model, model.get_output_embeddings()):
+                module.forward = torch.autocast(model.device.type, torch.bfloat16, args.dtype == "bfloat16")(module.forward)
+        return model
+
+    policy, reference = load(args.model), load(args.ref or args.model) if args.kl_coef else None
     if args.engine == "hf":  # one process samples from the weights that it trains
         sampler = policy if WORLD == 1 else load_policy(args.model, args.device, args.dtype)
-    if WORLD > 1:
-        for model in filter(None, (policy, reference)):
-            shard(model, args.dtype)
-    else:  # mixed precision: in bfloat16 weights an update of 1e-6 would round away
-        for model in filter(None, (policy, reference)):
-            for module in (model, model.get_output_embeddings()):
-                module.forward = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")(module.forward)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
