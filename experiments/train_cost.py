@@ -4,7 +4,7 @@ Both sample 8 responses to each of 64 prompts by transformers, verify them, and 
 float32. In turns in one process, each with a fresh policy every round and the first step of a round left out; before that,
 each side's best micro-batch size is looked for. The figure is sampled tokens a second, the whole step counted.
 
-    pip install trl && python experiments/train_cost.py                  after run_cropi.sh (toy)
+    pip install trl && python experiments/train_cost.py        after run_cropi.sh (toy); here with trl 1.16.0
 
 Prints each round and writes experiments/results/train_cost.json: speedup_vs_trl, and where the seconds go on both sides.
 """

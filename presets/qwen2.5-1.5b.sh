@@ -12,10 +12,10 @@
 #   collection    59,588 x 8 x 500 = 2.4e8 tokens / 15,000                                            4.4 GPU hours, once
 #   sketches      10 x 35,750 x (8 x 500 + 100) tokens x 6P / 2.5e14                                  15 GPU hours
 #   sampling      1000 steps x 128 x 8 x 500 tokens / 15,000                                          9.5 GPU hours
-#   updates       1000 x 128 x 8 x 600 tokens x 8P (policy and reference) / 3.5e14                     6 GPU hours
+#   updates       1000 x 128 x 8 x 600 tokens x 10P (policy, reference, checkpointing) / 3.5e14       7.5 GPU hours
 #   evaluation    21 x 1,819 test prompts x 5 responses x 500 tokens / 15,000                         1.8 GPU hours
-# together 37 GPU hours: about 5 hours on 8 GPUs, if all scales. Disk: rollouts 2 GB; a phase's sketches 59,588 x 32768 x 4 bytes
-# = 7.8 GB, its policy and optimizer in float32 12 P = 18.5 GB: 265 GB in 10 phases; sketches of finished phases may go.
+# together 38 GPU hours: about 5 hours on 8 GPUs, if all scales. Disk: rollouts 2 GB; a phase's sketches 59,588 x 32768 x 4 bytes
+# = 7.8 GB, its policy and optimizer in float32 12 P = 18.5 GB: 265 GB in 10 phases, and 37 GB for checkpoints on the way.
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 TRAIN=${TRAIN:-'openai/gsm8k:main:train[:-100] nlile/hendrycks-MATH-benchmark::train[:-100] agentica-org/DeepScaleR-Preview-Dataset'}
 VAL=${VAL:-'gsm8k=openai/gsm8k:main:train[-100:] math=nlile/hendrycks-MATH-benchmark::train[-100:]'}
@@ -27,4 +27,4 @@ ALPHA=${ALPHA:-0.1} KEEP=${KEEP:-0.1} DIM=${DIM:-32768} PHASES=${PHASES:-10} STE
 BATCH=${BATCH:-128} GROUP=${GROUP:-8} LR=${LR:-1e-6} KL_COEF=${KL_COEF:-0.001}
 EVAL_EVERY=${EVAL_EVERY:-50} EVAL_SAMPLES=${EVAL_SAMPLES:-4} SAVE_EVERY=${SAVE_EVERY:-25}
 DTYPE=${DTYPE:-bfloat16} GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING-1}
-BATCH_TOKENS=${BATCH_TOKENS:-32768} KV_TOKENS=${KV_TOKENS:-1000000}  # 28 GB of keys and values in vLLM
+KV_TOKENS=${KV_TOKENS:-1000000}  # 29 GB of keys and values in vLLM
