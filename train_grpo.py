@@ -5,8 +5,9 @@ For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the p
     J(theta) = 1/G sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 ]
     A_i = (R_i - mean R) / (std R + 1e-4)      rho = pi_theta / pi_old      k3 = e^D - D - 1,  D = log pi_ref - log pi_theta
 
-averaged over the batch's prompts, by one update a batch of AdamW (PyTorch's, weight decay 0.01 as by default). So pi_old is pi_theta itself, rho is 1 with the gradient of
-log pi, and the clip never binds; pi_ref is --ref, the policy before any RL, in every phase.
+averaged over the batch's prompts, by one update a batch of AdamW (PyTorch's, weight decay 0.01 as by default). So pi_old is
+pi_theta itself, rho is 1 with the gradient of log pi, and the clip never binds; pi_ref is --ref, the policy before any RL, in
+every phase.
 
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers, and in its meta the temperature, the length limit, the end
                      tokens and the verifier; its old responses are not used here.
