@@ -23,6 +23,7 @@ Writes  --out    one for each of --data, or a single one for all of them togethe
 
 Finished batches lie in OUT.parts until all are there: a killed run, started again, goes on from them. Under torchrun (on
 one file system) the batches are dealt out by cost; the bytes are those of one process, whose batches are the same.
+--engine vllm samples with vLLM in this process, faster on a GPU (which promises no equal bytes).
 
 Departs from the authors' release: tokens are kept as sampled (re-tokenizing text loses the end token), and log-probs are
 those of the distribution sampled from, temperature included.
@@ -237,7 +238,7 @@ def load_vllm(name, dtype, kv_tokens, context):
 
 
 def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
-    """What `sample` does, by vLLM. (Engine 'vllm'.) Equal seeds give equal responses where the batches are equal, too."""
+    """What `sample` does, by vLLM. (Engine 'vllm'.) Equal batches with equal seeds give equal responses."""
     from vllm import SamplingParams
 
     if not llm.reset_prefix_cache():  # of older weights, or of whatever was asked before

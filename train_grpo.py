@@ -252,7 +252,7 @@ def load_vllm(name, dtype, kv_tokens, context):
 
 
 def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
-    """What `sample` does, by vLLM. (Engine 'vllm'.) Equal seeds give equal responses where the batches are equal, too."""
+    """What `sample` does, by vLLM. (Engine 'vllm'.) Equal batches with equal seeds give equal responses."""
     from vllm import SamplingParams
 
     if not llm.reset_prefix_cache():  # of older weights, or of whatever was asked before

@@ -14,8 +14,8 @@
 #   sampling      1000 steps x 128 x 8 x 500 tokens / 15,000                                          9.5 GPU hours
 #   updates       1000 x 128 x 8 x 600 tokens x 10P (policy, reference, checkpointing) / 3.5e14       7.5 GPU hours
 #   evaluation    21 x 1,819 test prompts x 5 responses x 500 tokens / 15,000                         1.8 GPU hours
-# together 38 GPU hours: about 5 hours on 8 GPUs, if all scales. Disk: rollouts 2 GB; a phase's sketches 59,588 x 32768 x 4 bytes
-# = 7.8 GB, its policy and optimizer in float32 12 P = 18.5 GB: 265 GB in 10 phases, and 37 GB for checkpoints on the way.
+# together 38 GPU hours: about 5 hours on 8 GPUs, if all scales. Disk: rollouts 2 GB; a phase's sketches 59,588 x 32768 x 4
+# bytes = 7.8 GB, its policy and optimizer in float32 12 P = 18.5 GB: 265 GB in 10 phases, and 37 GB for checkpoints on the way.
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 TRAIN=${TRAIN:-'openai/gsm8k:main:train[:-100] nlile/hendrycks-MATH-benchmark::train[:-100] agentica-org/DeepScaleR-Preview-Dataset'}
 VAL=${VAL:-'gsm8k=openai/gsm8k:main:train[-100:] math=nlile/hendrycks-MATH-benchmark::train[-100:]'}
