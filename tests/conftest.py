@@ -1,4 +1,4 @@
-"""Shared by the tests: the stages as modules, tiny models, a micro world and micro runs of the whole loop."""
+"""Helpers and fixtures shared by the tests: tiny models, a tiny toy world, and runs of the whole loop on it."""
 
 import json
 import os
@@ -6,24 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # torchrun's default; equal bytes need equal numbers of threads
+
 import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
-torch.set_num_threads(2)
-MICRO = {"PHASES": "2", "STEPS": "3", "BATCH": "4", "GROUP": "4", "K": "6", "K_VAL": "6", "DIM": "256", "SAVE_EVERY": "1",
-         "EVAL_EVERY": "2", "EVAL_SAMPLES": "2", "ALPHA": "0.2", "LR": "1e-3", "PYTHON": sys.executable,
-         "BASELINE": "influence", "BATCH_TOKENS": "128"}
+torch.set_num_threads(1)
+MICRO = {"PHASES": "2", "STEPS": "3", "BATCH": "4", "GROUP": "4", "K": "6", "K_VAL": "6", "DIM": "256",
+         "SAVE_EVERY": "1", "EVAL_EVERY": "2", "EVAL_SAMPLES": "2", "ALPHA": "0.2", "LR": "1e-3",
+         "PYTHON": sys.executable, "BASELINE": "influence", "BATCH_TOKENS": "128"}
 
 
 def tiny_qwen(tied, seed=0, vocab=29, **config):
-    """A random Qwen2 with weights large enough that its gradients and log-probs are far from flat."""
+    """A random Qwen2 with weights large enough that its gradients are not small and its log-probs not uniform."""
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**dict(
+    settings = dict(
         vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0) | config))
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0)
+    model = Qwen2ForCausalLM(Qwen2Config(**settings | config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
@@ -31,12 +34,13 @@ def tiny_qwen(tied, seed=0, vocab=29, **config):
 
 
 def run_script(name, *arguments, cwd=None):
-    """A stage as a user starts it. Returns the finished process."""
-    return subprocess.run([sys.executable, ROOT / name, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    """Runs a stage as a user does. Returns the completed process."""
+    command = [sys.executable, ROOT / name, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def run_loop(run, world, **knobs):
-    """run_cropi.sh on the micro world. Returns its output."""
+    """Runs run_cropi.sh on the micro world, with `knobs` in its environment. Returns its stdout."""
     done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
                           env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run), **knobs})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -45,7 +49,7 @@ def run_loop(run, world, **knobs):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """The toy world of four families and a base policy of a few training steps."""
+    """A toy world with four families, and a base policy after 200 SFT steps."""
     import make_toy
 
     folder = tmp_path_factory.mktemp("world")
@@ -53,7 +57,7 @@ def world(tmp_path_factory):
     sys.argv = ["make_toy.py", "--micro", "--sft-steps", "200", "--out", str(folder)]
     make_toy.main()
     sys.argv = arguments
-    (folder / "seconds.tsv").write_text("world\t1\n")  # run_cropi.sh: made already
+    (folder / "seconds.tsv").write_text("world\t1\n")  # tells run_cropi.sh that the world exists
     GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True, top_k=20, repetition_penalty=1.05,
                      temperature=0.7).save_pretrained(folder / "base")
     return folder
@@ -61,14 +65,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory, world):
-    """Folder RUN of two phases of the whole loop on the micro world, and what it printed."""
+    """(folder RUN, stdout) of two phases of the whole loop on the micro world."""
     run = tmp_path_factory.mktemp("run") / "micro"
     return run, run_loop(run, world)
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(module, *arguments): a stage's main() in this process. Returns (exit code, stdout, stderr)."""
+    """call(module, *arguments) runs a stage's main() in this process and returns (exit code, stdout, stderr)."""
 
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
@@ -83,7 +87,7 @@ def call(monkeypatch, capsys):
 
 
 def without_seconds(path):
-    """A file's bytes; of .json and .jsonl files the content without the entries that tell wall-clock seconds."""
+    """A file's bytes. For .json and .jsonl, the parsed content without the wall-clock entries (*seconds)."""
     if path.suffix not in (".json", ".jsonl"):
         return path.read_bytes()
     try:
