@@ -2,34 +2,39 @@
 
     tau_1 .. tau_K ~ beta(. | s0),    beta = pi_theta(0)
 
-Every later phase reuses these trajectories through the token ratio of sketch.py; nothing is sampled from beta again.
-beta is softmax(logits / temperature) and nothing else: no top-p, no top-k, no repetition penalty, nothing inherited from
-the checkpoint's generation_config.json but its end tokens. Each token's log beta is stored, so that at theta = theta(0)
-every ratio is 1. The end token belongs to the response; a response cut at --max-new-tokens has none.
+Every later phase reuses these trajectories through the token ratio of sketch.py; beta is never sampled again.
+It is softmax(logits / temperature): no top-p, no top-k, no repetition penalty, and of the checkpoint's
+generation_config.json only the end tokens. log beta of each token is stored, so that at theta = theta(0)
+every ratio is 1. The end token belongs to the response; one that is truncated at --max-new-tokens has none.
 
-Reads   --data   local .jsonl or .parquet files, or hub data sets `name[:config[:split]]`. A prompt is a string or a list of
-                 chat messages; a chat template is applied where the tokenizer has one.
-Writes  --out    one for each of --data, or a single one for all of them together (a pool of several data sets):
-                 rollouts.pt, for N prompts with K responses each (torch.load with weights_only=True); ragged arrays are flat
-                 with offsets, responses prompt-major (response k of prompt i is number i*K + k):
-                     prompt_tokens    int32   [sum of prompt lengths]     prompt_offsets   int64 [N + 1]
-                     response_tokens  int32   [sum of response lengths]   response_offsets int64 [N*K + 1]
-                     logprobs         float32 [sum of response lengths]   log beta(token | prompt, tokens before it)
-                     rewards          float32 [N, K]                      1 = the verifier accepts, 0 = it does not
-                     answers, families    list[str], N each (a family is the --family-key column's; where there is none, the
-                                          data set's name in a pool of several, else '')
-                     meta                 dict: model, temperature, max_new_tokens, eos_ids, verifier, seed, k, data, format
-                 --k 0 stores prompts and answers only: a test set for train_grpo.py --eval.
+Reads   --data   local .jsonl or .parquet files, or hub data sets `name[:config[:split]]`. A prompt is a
+                 string or a list of chat messages; a chat template is applied if the tokenizer has one.
+Writes  --out    one for each of --data, or one for all of them (a pool of several data sets): rollouts.pt
+                 (torch.load with weights_only=True), for N prompts with K responses each. Ragged arrays are
+                 flat, with their lengths. Responses are prompt-major: that of prompt i and k is number i*K +
+                 k.
+                     prompt_tokens    int32   [sum of prompt lengths]     prompt_lengths   int64 [N]
+                     response_tokens  int32   [sum of response lengths]   response_lengths int64 [N*K]
+                     logprobs         float32 [sum of response lengths]   log beta(token | what precedes it)
+                     rewards          float32 [N, K]                      1 if the verifier accepts, else 0
+                     answers          list[str] [N]
+                     families         list[str] [N], the --family-key column; without one, '' or, in a pool of
+                                      several data sets, the data set's name
+                     meta             dict: format, model, data, k, temperature, max_new_tokens, eos_ids,
+                                      verifier, seed
+                 response_tokens.split(response_lengths.tolist()) gives the responses. --k 0 stores prompts
+                 and answers only: a test set for train_grpo.py --eval.
 
-Finished batches lie in OUT.parts until all are there: a killed run, started again, goes on from them. Under torchrun (on
-one file system) the batches are dealt out by cost; the bytes are those of one process, whose batches are the same.
---engine vllm samples with vLLM in this process, faster on a GPU (which promises no equal bytes).
+A killed run, started again with the same command, resumes after the batches that it finished. Under torchrun
+(one file system) the ranks share the batches of one plan. The bytes are the same for any number of ranks with
+the same number of threads each; torchrun sets OMP_NUM_THREADS=1, and some CPUs round differently with more
+threads. --engine vllm samples with vLLM in this process: faster on a GPU, but equal bytes are not promised.
 
-Departs from the authors' release: tokens are kept as sampled (re-tokenizing text loses the end token), and log-probs are
-those of the distribution sampled from, temperature included.
+Departs from the authors' release: tokens are stored as sampled (re-tokenized text loses the end token), and
+log-probs are those of the sampled distribution, temperature included.
 
-    python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --max-new-tokens 1024 \\
-        --instruction ' Put the final answer in \\boxed{}.' --out rollouts.pt
+    python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --out rollouts.pt \\
+        --instruction ' Put the final answer in \\boxed{}.'
     python collect.py --model runs/toy-world/base --data runs/toy-world/train.jsonl --verifier exact \\
         --max-new-tokens 10 --out train.pt
     torchrun --nproc_per_node 8 collect.py --model MODEL --data DATA --out rollouts.pt --dtype bfloat16
@@ -53,50 +58,174 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-FORMAT = 1  # of rollouts.pt
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+FORMAT = 2  # of rollouts.pt
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
 
-def fail(file, found, expected, mend):
-    """Wrong input: one line on stderr, exit code 2."""
-    line = f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}"
-    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
-    raise SystemExit(2)
+# ---- the equations: trajectories and rewards ----
+@torch.no_grad()
+def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
+    """tau_1 .. tau_k ~ softmax(logits / temperature) for each prompt, and log pi of every token (engine hf).
+
+    prompts: B lists of token ids. seeds: B ints; uniforms from a prompt's own seed choose its tokens, so its
+    responses do not depend on the rest of the batch. temperature 0 is argmax, for evaluation. Returns
+    responses and logprobs, B*k lists each, prompt-major. A response includes its end token, unless it was
+    truncated at max_new_tokens.
+    """
+    device, width, uniforms = policy.device, max(map(len, prompts)), []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        uniforms.append(torch.rand(k, max_new_tokens, dtype=torch.float64, generator=generator))
+    uniforms = torch.cat(uniforms).to(device)  # [B*k, max_new_tokens]
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
+    cache, positions = DynamicCache(config=policy.config), (mask.cumsum(1) - 1).clamp(min=0)
+    logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                    logits_to_keep=1).logits[:, -1]
+    cache.batch_repeat_interleave(k)  # a prompt is read once, not k times
+    logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
+
+    end = torch.tensor(eos_ids, device=device)
+    active = torch.arange(len(mask), device=device)  # rows that have not ended
+    drawn = torch.zeros(len(mask), max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(mask), max_new_tokens, device=device)
+    lengths = torch.zeros(len(mask), dtype=torch.long, device=device)
+    for t in range(max_new_tokens):
+        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [active, V]
+        if temperature:
+            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+            u = uniforms[active, t, None] * cdf[:, -1:]  # [active, 1]
+            token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
+        else:
+            token = logp.argmax(-1, keepdim=True)
+        drawn[active, t], logprobs[active, t] = token[:, 0], logp.gather(1, token)[:, 0]
+        lengths[active] = t + 1
+        unfinished = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
+        if len(unfinished) == 0 or t + 1 == max_new_tokens:
+            break
+        if len(unfinished) < len(active):  # ended rows leave the batch
+            cache.batch_select_indices(unfinished)
+            active, token, mask = active[unfinished], token[unfinished], mask[unfinished]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                        past_key_values=cache).logits[:, -1]
+    drawn, logprobs, lengths = drawn.tolist(), logprobs.tolist(), lengths.tolist()
+    return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
+
+
+def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
+    """The same as `sample`, by vLLM (engine vllm). Equal batches with equal seeds give equal responses."""
+    from vllm import SamplingParams
+
+    if not llm.reset_prefix_cache():  # its keys and values are those of older weights
+        raise RuntimeError("vLLM did not empty its cache")
+    settings = [SamplingParams(n=k, seed=seed % 2**62, temperature=temperature, max_tokens=max_new_tokens,
+                               ignore_eos=True, stop_token_ids=eos_ids, logprobs=0, detokenize=False)
+                for seed in seeds]
+    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+    outputs = [output for request in requests for output in request.outputs]
+    logprobs = [[at[x].logprob for at, x in zip(o.logprobs, o.token_ids)] for o in outputs]
+    return [list(output.token_ids) for output in outputs], logprobs
+
+
+ENGINES = {"hf": sample, "vllm": sample_vllm}
+
+
+def verify(response, answer, verifier):
+    """R(tau) in {0, 1}: whether the text `response` gives `answer`.
+
+    verifier 'exact': the content of the response's last \\boxed{}, or else the whole response, equals the
+    answer up to surrounding white space. 'math': math-verify finds the response's final expression and
+    compares it with the answer as mathematics (1/2 = 0.5); of an answer with '####' (GSM8K), only what
+    follows counts.
+
+    >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
+    (1.0, 1.0)
+    """
+    if verifier == "exact":
+        boxed = response.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in response else response
+        return float(boxed.strip() == answer.strip())
+    import math_verify  # here, since it loads sympy, which 'exact' does not need
+
+    gold = answer.rpartition("####")[2].strip()
+    gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
+    last = response[max(response.rfind("\\boxed"), 0):]  # math-verify would make a list of several boxes
+    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
+
+
+def stream_seed(*key):
+    """A seed for torch.Generator from any key: every use of random numbers gets a stream of its own."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+
+
+# ---- the model ----
+def load_policy(name, device, dtype):
+    """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no loadable model ({error})", "a causal language model", "check the folder or hub name")
+
+
+def load_vllm(name, dtype, kv_tokens, context):
+    """vLLM in this process. kv_tokens: in its KV cache; context: longest prompt and response together."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where weights can be replaced
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # float32 attention in float32, not in TF32
+    gpu = torch.cuda.is_available()
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # cache bytes
+        with warnings.catch_warnings(action="ignore"):  # from packages that vLLM imports
+            from vllm import LLM
+
+            return LLM(name, dtype=dtype, max_model_len=context, logprobs_mode="processed_logprobs",
+                       generation_config="vllm", skip_tokenizer_init=True, use_tqdm_on_load=False,
+                       kv_cache_memory_bytes=max(kv_tokens, 2 * context + 1024) * token,
+                       gpu_memory_utilization=0.01,  # free at the start; kv_cache_memory_bytes sets the cache
+                       enforce_eager=not gpu, enable_sleep_mode=gpu,
+                       distributed_executor_backend="external_launcher" if WORLD > 1 else None)
+    except Exception as error:  # no vLLM, or one that cannot run this model here
+        fail(name, f"no vLLM engine for it ({error})", "vLLM and a model that it knows",
+             "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
+
+
+def fingerprint(policy):
+    """sha256 of the parameters' names and bytes: equal for equal policies."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(policy.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_tokenizer(name):
     try:
-        if Path(name).is_dir() and not list(Path(name).glob("*token*")) and not list(Path(name).glob("vocab*")):
-            raise OSError("no tokenizer file")  # of which transformers would make an empty tokenizer
+        folder = Path(name)
+        if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+            raise OSError("no tokenizer file")  # from which transformers would make an empty tokenizer
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer into the model's folder")
-
-
-def load_policy(name, device, dtype):
-    """The policy pi_theta in evaluation mode: dropout would make log-probs differ from one pass to the next."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
-    except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no loadable model ({error})", "a Hugging Face causal language model", "check the folder or hub name")
+        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer there")
 
 
 def end_tokens(name, tokenizer):
-    """Sorted ids that end a response: the tokenizer's own and the checkpoint's (chat models end turns with another one)."""
+    """Sorted ids that end a response: the tokenizer's, and the checkpoint's (chat models have others)."""
     try:
         config = GenerationConfig.from_pretrained(name)
     except OSError:  # a checkpoint without generation_config.json
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name))
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-    return ids or fail(name, "no end token", "eos_token_id in generation_config.json or in the tokenizer", "add one")
+    return ids or fail(name, "no end token", "eos_token_id in generation_config.json or in the tokenizer",
+                       "add one")
 
 
-def load_examples(source, prompt_keys, answer_keys, family_key, limit):
-    """[(prompt, answer, family)] of a local .jsonl or .parquet file or of a hub data set `name[:config[:split]]`.
-
-    The prompt's column is the first of prompt_keys that the data has, the answer's likewise.
-    """
+# ---- the prompts ----
+def load_rows(source):
+    """The rows of a local .jsonl or .parquet file or of a hub data set `name[:config[:split]]`."""
     path = Path(source)
     local = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
     if local and not path.is_file():
@@ -106,28 +235,35 @@ def load_examples(source, prompt_keys, answer_keys, family_key, limit):
     try:
         if local:
             datasets.disable_progress_bars()
-            rows = datasets.load_dataset(local, data_files=source, split="train")
-        else:
-            name, config, split = (source.split(":", 2) + [None, None])[:3]
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
+            return datasets.load_dataset(local, data_files=source, split="train")
+        name, config, split = (source.split(":", 2) + [None, None])[:3]
+        return datasets.load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # datasets wraps the reason: its cause says which line
-        fail(source, f"unreadable data ({error.__cause__ or error})", "one JSON object a line, parquet or a hub data set",
-             "mend the data")
-    prompt_key, answer_key = (next((key for key in keys if key in rows.column_names), None) or fail(
-        source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}", "set --prompt-key and --answer-key")
-        for keys in (prompt_keys, answer_keys))
-    examples = []
+        fail(source, f"unreadable data ({error.__cause__ or error})",
+             "one JSON object per line, parquet or a hub data set", "fix the data")
+
+
+def load_examples(source, prompt_keys, answer_keys, family_key, limit):
+    """[(prompt, answer, family)] of a data set. Prompt and answer: the first of the keys that is a column."""
+    rows, found = load_rows(source), []
+    for keys in (prompt_keys, answer_keys):
+        columns = [key for key in keys if key in rows.column_names]
+        if not columns:
+            fail(source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}",
+                 "set --prompt-key and --answer-key")
+        found.append(columns[0])
+    (prompt_key, answer_key), examples = found, []
     for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
         if row[answer_key] is None or not str(row[answer_key]).strip():
-            fail(source, f"an empty answer in example {number}", f"text in '{answer_key}'", "drop the example or answer it")
+            fail(source, f"an empty answer in example {number}", f"text in '{answer_key}'", "drop it")
         if not row[prompt_key]:
-            fail(source, f"an empty prompt in example {number}", f"text in '{prompt_key}'", "drop the example")
+            fail(source, f"an empty prompt in example {number}", f"text in '{prompt_key}'", "drop it")
         examples.append((row[prompt_key], str(row[answer_key]), str(row.get(family_key) or "")))
     return examples or fail(source, "no example", "at least one", "check --data and --limit")
 
 
 def encode_prompt(prompt, instruction, tokenizer):
-    """Token ids of a prompt (a string or chat messages), through the chat template where the tokenizer has one."""
+    """Token ids of a prompt (a string or chat messages), by the chat template if the tokenizer has one."""
     if isinstance(prompt, str):
         prompt += instruction
         if tokenizer.chat_template is None:
@@ -137,124 +273,34 @@ def encode_prompt(prompt, instruction, tokenizer):
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the special tokens
 
 
-def verify(response, answer, verifier):
-    """R(tau) in {0, 1}: does the text `response` give `answer`?
-
-    verifier 'exact': the content of the response's last \\boxed{}, or the whole response, equals the answer but for white
-    space around it. 'math': math-verify finds the response's final expression and compares it with the answer as
-    mathematics (1/2 = 0.5); of an answer with '####' (GSM8K) only what follows counts.
-
-    >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
-    (1.0, 1.0)
-    """
-    if verifier == "exact":
-        boxed = response.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in response else response
-        return float(boxed.strip() == answer.strip())
-    import math_verify  # here: 'exact' does not pay for loading sympy
-
-    gold = answer.rpartition("####")[2].strip()
-    gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would make a list
-    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
+def read_prompts(args, tokenizer, sources):
+    """Prompts as token ids, answers and families of all `sources`, N each."""
+    prompts, answers, families = [], [], []
+    config = AutoConfig.from_pretrained(args.model).get_text_config()
+    context = getattr(config, "max_position_embeddings", sys.maxsize)
+    for source in sources:
+        loaded = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
+        for number, (prompt, answer, family) in enumerate(loaded, start=1):
+            prompts.append(encode_prompt(prompt, args.instruction, tokenizer))
+            answers.append(answer)
+            families.append(family or (source if len(sources) > 1 else ""))
+            if len(prompts[-1]) + args.max_new_tokens > context:
+                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})",
+                     f"at most {context} tokens with --max-new-tokens {args.max_new_tokens}",
+                     "drop it or lower --max-new-tokens")
+    return prompts, answers, families
 
 
-def stream_seed(*key):
-    """A seed for torch.Generator out of any key, so that a stream of random numbers belongs to what it is used for."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
-
-
-@torch.no_grad()
-def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
-    """tau_1 .. tau_k ~ softmax(logits / temperature) for each prompt, and log pi of every token. (Engine 'hf'.)
-
-    prompts: B lists of token ids. seeds: B ints; the uniforms that choose a prompt's tokens come from its own seed, so
-    that its responses do not depend on what shares the batch. temperature 0 is argmax, for evaluation.
-    Returns responses and logprobs, B*k lists each, prompt-major. A response holds its end token, unless it was cut at
-    max_new_tokens.
-    """
-    device, width = policy.device, max(map(len, prompts))
-    uniforms = torch.stack([torch.rand(k, max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-                            for s in seeds]).flatten(0, 1).to(device)  # [B*k, max_new_tokens]
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
-    cache = DynamicCache(config=policy.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits
-    cache.batch_repeat_interleave(k)  # a prompt is read once, not k times
-    logits, mask = logits[:, -1].repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
-
-    end = torch.tensor(eos_ids, device=device)
-    live = torch.arange(len(mask), device=device)  # rows that have not ended
-    drawn = torch.zeros(len(mask), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(mask), max_new_tokens, device=device)
-    lengths = torch.zeros(len(mask), dtype=torch.long, device=device)
-    for t in range(max_new_tokens):
-        logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [live, V]
-        if temperature:
-            cdf = logp.exp().cumsum(-1, dtype=torch.float64)
-            token = torch.searchsorted(cdf, uniforms[live, t, None] * cdf[:, -1:], right=True)  # first cdf > u
-            token = token.clamp(max=cdf.shape[1] - 1)  # [live, 1]
-        else:
-            token = logp.argmax(-1, keepdim=True)
-        drawn[live, t], logprobs[live, t], lengths[live] = token[:, 0], logp.gather(1, token)[:, 0], t + 1
-        going = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
-        if len(going) == 0 or t + 1 == max_new_tokens:
-            break
-        if len(going) < len(live):  # ended rows leave the batch
-            cache.batch_select_indices(going)
-            live, token, mask = live[going], token[going], mask[going]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                        past_key_values=cache).logits[:, -1]
-    drawn, logprobs, lengths = drawn.tolist(), logprobs.tolist(), lengths.tolist()
-    return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
-
-
-def load_vllm(name, dtype, kv_tokens, context):
-    """vLLM's engine in this process: sample_vllm takes it in the policy's place.
-
-    dtype: of the weights. kv_tokens: tokens in its KV cache. context: tokens of the longest prompt and response together.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights can be replaced
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # float32 attention in float32, not in TF32
-    gpu = torch.cuda.is_available()
-    try:
-        config = AutoConfig.from_pretrained(name).get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # bytes of its keys and values
-        with warnings.catch_warnings(action="ignore"):  # vLLM's own, of what it imports
-            from vllm import LLM
-
-            return LLM(name, dtype=dtype, max_model_len=context, logprobs_mode="processed_logprobs", generation_config="vllm",
-                       kv_cache_memory_bytes=max(kv_tokens, 2 * context + 1024) * token, skip_tokenizer_init=True,
-                       enforce_eager=not gpu, enable_sleep_mode=gpu, use_tqdm_on_load=False,
-                       gpu_memory_utilization=0.01,  # the share that must be free at the start; the cache's size is given
-                       distributed_executor_backend="external_launcher" if WORLD > 1 else None)
-    except Exception as error:  # no vLLM, or one that cannot run this model here
-        fail(name, f"no vLLM engine for it ({error})", "vLLM and a model that it knows",
-             "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
-
-
-def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
-    """What `sample` does, by vLLM. (Engine 'vllm'.) Equal batches with equal seeds give equal responses."""
-    from vllm import SamplingParams
-
-    if not llm.reset_prefix_cache():  # of older weights, or of whatever was asked before
-        raise RuntimeError("vLLM did not empty its cache")
-    settings = [SamplingParams(n=k, seed=seed % 2**62, temperature=temperature, max_tokens=max_new_tokens, ignore_eos=True,
-                               stop_token_ids=eos_ids, logprobs=0, detokenize=False) for seed in seeds]
-    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
-    found = [response for request in requests for response in request.outputs]
-    return [list(r.token_ids) for r in found], [[at[x].logprob for at, x in zip(r.logprobs, r.token_ids)] for r in found]
-
-
-ENGINES = {"hf": sample, "vllm": sample_vllm}
+# ---- batches, files, ranks ----
+def fail(source, found, expected, hint):
+    """Reports wrong input in one line on stderr and exits with code 2."""
+    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
+    raise SystemExit(2)
 
 
 def batches_by_tokens(lengths, budget):
-    """Batches of indices, longest first, such that (indices in a batch) x (its greatest length) <= budget tokens."""
+    """Batches of indices, longest first, of at most `budget` tokens each, with padding to the longest."""
     batches, batch = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
@@ -264,9 +310,9 @@ def batches_by_tokens(lengths, budget):
     return batches + [batch]
 
 
-def deal(costs, processes):
-    """Which process does what: the costliest first, each to the least loaded. Returns a list of indices for each process."""
-    shares, loads = [[] for _ in range(processes)], [0] * processes
+def assign_greedily(costs, ranks):
+    """Lists of indices, one per rank: the costliest item first, each to the rank with the least load."""
+    shares, loads = [[] for _ in range(ranks)], [0] * ranks
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         least = loads.index(min(loads))
         shares[least].append(i)
@@ -275,27 +321,18 @@ def deal(costs, processes):
 
 
 def barrier():
-    """Waits for torchrun's other processes."""
+    """Waits for the other ranks."""
     if WORLD > 1:
         torch.distributed.barrier()
 
 
-def flat(lists, dtype):
-    """Ragged lists as one flat tensor and int64 offsets: list i is flat[offsets[i]:offsets[i + 1]]."""
-    offsets = torch.tensor([0] + [len(x) for x in lists]).cumsum(0)
-    return torch.tensor([x for row in lists for x in row], dtype=dtype), offsets
-
-
 @contextmanager
 def replacing(path):
-    """A file to write under a temporary name, renamed to `path` at the end: a killed run leaves no half of a file.
-
-    Opened before the work is done, so that an output that cannot be written is refused at once.
-    """
+    """A file under a temporary name, renamed to `path` when it is complete; opened first, to fail early."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "wb")  # a folder raises
+        file = open(path if path.is_dir() else part, "wb")  # opening a folder raises
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:
@@ -303,140 +340,148 @@ def replacing(path):
     os.replace(part, path)
 
 
-def parts_of(out):
-    """The folder OUT.parts, where every finished batch leaves a file until the whole run is done."""
-    return out.with_name(out.name + ".parts")
+def parts_folder(out, settings):
+    """OUT.HASH.parts, for a file per finished batch until the run is done. Other settings, another folder."""
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return out.with_name(f"{out.name}.{digest[:16]}.parts")
 
 
-def unfinished(out, settings):
-    """parts_of(out), emptied if it was made with other settings."""
-    folder, text = parts_of(out), json.dumps(settings)
-    note = folder / "settings.json"
-    if RANK == 0 and not (note.exists() and note.read_text() == text):
-        shutil.rmtree(folder, ignore_errors=True)
-        with replacing(note) as file:
-            file.write(text.encode())
+def sample_parts(args, tokenizer, policy, prompts, answers, eos_ids, name, folder):
+    """Samples and verifies K responses to each prompt, a file in `folder` per batch. Returns the batches.
+
+    A file holds response_tokens, response_lengths, logprobs and rewards of its batch, as in rollouts.pt.
+    Returns when all ranks have finished.
+    """
+    k, costs = args.k, [args.k * (len(prompt) + args.max_new_tokens) for prompt in prompts]
+    # vLLM schedules its cache itself: with 1024 responses per batch, few of them wait for the last.
+    budget = args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // k)
+    plan = batches_by_tokens(costs, budget)  # the same on all ranks
+    mine = assign_greedily([len(batch) * costs[batch[0]] for batch in plan], WORLD)[RANK]
+    progress = tqdm(total=sum(len(plan[number]) for number in mine), desc=f"collect {name}", unit="prompt",
+                    disable=RANK > 0)
+    for number in mine:
+        batch, part = plan[number], folder / f"{number}.pt"
+        if not part.exists():
+            responses, logprobs = ENGINES[args.engine](
+                policy, [prompts[i] for i in batch], k, args.temperature, args.max_new_tokens, eos_ids,
+                [stream_seed(args.seed, i) for i in batch])
+            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+            rewards = [verify(text, answers[batch[j // k]], args.verifier) for j, text in enumerate(texts)]
+            with replacing(part) as file:
+                torch.save({"response_tokens": flat(responses, torch.int32), "rewards": torch.tensor(rewards),
+                            "response_lengths": torch.tensor([len(r) for r in responses]),
+                            "logprobs": flat(logprobs, torch.float32)}, file)
+        progress.update(len(batch))
+    progress.close()
     barrier()
-    return folder
+    return plan
 
 
-def fingerprint(policy):
-    """sha256 of the parameters' names and bytes: says whether two files come of the same policy."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(policy.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def flat(lists, dtype):
+    return torch.tensor([x for row in lists for x in row], dtype=dtype)
 
 
-def read_prompts(args, tokenizer, sources):
-    """The examples of all `sources`, and their prompts as token ids."""
-    examples, prompts = [], []
-    context = getattr(AutoConfig.from_pretrained(args.model).get_text_config(), "max_position_embeddings", sys.maxsize)
-    for source in sources:
-        loaded = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
-        for number, (prompt, answer, family) in enumerate(loaded, start=1):
-            examples.append((prompt, answer, family or (source if len(sources) > 1 else "")))
-            prompts.append(encode_prompt(prompt, args.instruction, tokenizer))
-            if len(prompts[-1]) + args.max_new_tokens > context:
-                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})", f"at most {context} tokens with "
-                     f"--max-new-tokens {args.max_new_tokens}", "drop the example or lower --max-new-tokens")
-    return examples, prompts
+def merge_parts(plan, folder, k):
+    """The files of sample_parts as one dict, in the order of the prompts."""
+    parts = [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(len(plan))]
+    order = torch.tensor([i for batch in plan for i in batch]).argsort()  # of the prompts among the parts
+    merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    lengths = merged["response_lengths"].view(-1, k)  # [N, K]
+    for name in ("response_tokens", "logprobs"):
+        of_prompt = merged[name].split(lengths.sum(1).tolist())
+        merged[name] = torch.cat([of_prompt[i] for i in order])
+    merged["response_lengths"] = lengths[order].flatten()
+    merged["rewards"] = merged["rewards"].view(-1, k)[order]
+    return merged
 
 
-def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, prompts, out):
-    """One rollouts.pt. Its parts stay: a run that was killed later on need not sample again."""
-    answers = [answer for _, answer, _ in examples]
-    eos_ids = end_tokens(args.model, tokenizer)
-    n, k = len(prompts), args.k
-    meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k, "temperature": args.temperature,
-            "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids, "verifier": args.verifier, "seed": args.seed}
-    responses, logprobs, rewards = [[]] * (n * k), [[]] * (n * k), torch.zeros(n, k)
+def collect_file(args, tokenizer, policy, policy_fingerprint, sources, prompts, answers, families, out):
+    """One rollouts.pt. Its parts stay, so that a run that is killed at a later rollouts.pt resumes there."""
+    eos_ids, k = end_tokens(args.model, tokenizer), args.k
+    meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k,
+            "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids,
+            "verifier": args.verifier, "seed": args.seed}
+    folder = parts_folder(out, [meta, stream_seed(prompts, answers), policy_fingerprint, args.engine,
+                                args.dtype, args.kv_tokens])
     with replacing(out) if RANK == 0 else nullcontext() as file:
+        sampled = {"response_tokens": flat([], torch.int32), "response_lengths": flat([], torch.int64),
+                   "logprobs": flat([], torch.float32), "rewards": torch.zeros(len(prompts), 0)}
         if k:
-            costs = [k * (len(p) + args.max_new_tokens) for p in prompts]
-            # One plan for all processes. vLLM minds its cache itself: a batch is so many responses that few wait for the last.
-            plan = batches_by_tokens(costs, args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // k))
-            mine = deal([len(batch) * costs[batch[0]] for batch in plan], WORLD)[RANK]
-            folder = unfinished(out, [meta, stream_seed(prompts, answers), policy_fingerprint, args.engine, args.dtype,
-                                      args.kv_tokens])
-            progress = tqdm(total=sum(len(plan[i]) for i in mine), desc=f"collect {out.name}", unit="prompt",
-                            disable=RANK > 0)
-            for batch, part in ((plan[i], folder / f"{i}.pt") for i in mine):
-                if not part.exists():
-                    drawn, logp = ENGINES[args.engine](policy, [prompts[i] for i in batch], k, args.temperature,
-                                                       args.max_new_tokens, eos_ids, [stream_seed(args.seed, i) for i in batch])
-                    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
-                    right = [verify(text, answers[batch[j // k]], args.verifier) for j, text in enumerate(texts)]
-                    with replacing(part) as part_file:
-                        torch.save((drawn, logp, right), part_file)
-                progress.update(len(batch))
-            progress.close()
-            barrier()
-            for number, batch in enumerate(plan if RANK == 0 else ()):
-                drawn, logp, right = torch.load(folder / f"{number}.pt", weights_only=True)
-                for j, i in enumerate(batch):
-                    responses[i * k:(i + 1) * k] = drawn[j * k:(j + 1) * k]
-                    logprobs[i * k:(i + 1) * k] = logp[j * k:(j + 1) * k]
-                    rewards[i] = torch.tensor(right[j * k:(j + 1) * k])
+            plan = sample_parts(args, tokenizer, policy, prompts, answers, eos_ids, out.name, folder)
         if RANK > 0:
             return
-        prompt_tokens, prompt_offsets = flat(prompts, torch.int32)
-        response_tokens, response_offsets = flat(responses, torch.int32)
-        rollouts = {"prompt_tokens": prompt_tokens, "prompt_offsets": prompt_offsets, "response_tokens": response_tokens,
-                    "response_offsets": response_offsets, "logprobs": flat(logprobs, torch.float32)[0], "rewards": rewards,
-                    "answers": answers, "families": [family for _, _, family in examples], "meta": meta}
-        torch.save(rollouts, file)
-    summary = f"; mean reward {rewards.mean():.3f}, {(rewards.std(1) > 0).float().mean():.0%} of prompts with a " \
-              f"reward variance, {len(response_tokens)} response tokens" if k > 1 else ""
-    print(f"{out}: {n} prompts x {k} responses{summary}")
+        if k:
+            sampled = merge_parts(plan, folder, k)
+        torch.save({"prompt_tokens": flat(prompts, torch.int32),
+                    "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]), **sampled,
+                    "answers": answers, "families": families, "meta": meta}, file)
+    summary, rewards = "", sampled["rewards"]
+    if k > 1:
+        varied = (rewards.std(1) > 0).float().mean()
+        summary = (f"; mean reward {rewards.mean():.3f}, {varied:.0%} of prompts with a reward variance, "
+                   f"{len(sampled['response_tokens'])} response tokens")
+    print(f"{out}: {len(prompts)} prompts x {k} responses{summary}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# ---- the command line ----
+def parse_arguments():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", required=True, help="behaviour policy: a Hugging Face folder or hub name")
-    parser.add_argument("--data", required=True, nargs="+", help=".jsonl, .parquet or hub data set name[:config[:split]]")
-    parser.add_argument("--out", required=True, nargs="+", type=Path, help="a rollouts.pt for each of --data, or one for all")
-    parser.add_argument("--k", type=int, default=8, help="responses a prompt (8); 0 stores prompts and answers only")
+    parser.add_argument("--data", required=True, nargs="+",
+                        help=".jsonl, .parquet or hub data sets name[:config[:split]]")
+    parser.add_argument("--out", required=True, nargs="+", type=Path,
+                        help="a rollouts.pt for each of --data, or one for all")
+    parser.add_argument("--k", type=int, default=8, help="responses per prompt (8); 0: none")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled distribution (1.0)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of a response (1024)")
-    parser.add_argument("--verifier", choices=["math", "exact"], default="math", help="how answers are compared (math)")
+    parser.add_argument("--verifier", choices=["math", "exact"], default="math",
+                        help="how answers are compared (math)")
     parser.add_argument("--prompt-key", nargs="+", default=["prompt", "question", "problem"],
                         help="column of the prompt: the first that the data has (prompt question problem)")
     parser.add_argument("--answer-key", nargs="+", default=["answer", "solution"],
                         help="column of the answer, likewise (answer solution)")
-    parser.add_argument("--family-key", default="family", help="column with a prompt's kind, for plots only (family)")
+    parser.add_argument("--family-key", default="family", help="column of a prompt's kind, for plots")
     parser.add_argument("--instruction", default="", help="text appended to every string prompt")
-    parser.add_argument("--limit", type=int, help="use the first LIMIT examples of each data set only")
-    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="what samples: transformers or vLLM (hf)")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT examples of each data set")
+    parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="transformers or vLLM (hf)")
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights (float32)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                        help="of the weights (float32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampled responses (0)")
     args = parser.parse_args()
     if args.k < 0 or args.temperature <= 0 or args.max_new_tokens < 1:
-        parser.error("--k must be >= 0, --temperature > 0 and --max-new-tokens >= 1")
+        fail("--k, --temperature, --max-new-tokens", f"{args.k}, {args.temperature}, {args.max_new_tokens}",
+             "k >= 0, temperature > 0, max-new-tokens >= 1", "see --help")
     if len(args.out) not in (1, len(args.data)):
-        parser.error("--out must name one file for each of --data, or a single one")
+        fail("--out", f"{len(args.out)} names", f"1 or {len(args.data)}", "name one for each of --data")
+    return args
+
+
+def main():
+    args = parse_arguments()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is a wrong one, not news
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is simply wrong
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
-    tokenizer = load_tokenizer(args.model)
-    files = [(args.data, args.out[0])] if len(args.out) == 1 else [([data], out) for data, out in zip(args.data, args.out)]
-    files = [(sources, *read_prompts(args, tokenizer, sources), out) for sources, out in files]
-    policy = load_policy(args.model, args.device if args.engine == "hf" else "cpu", args.dtype) if args.k else None
-    policy_fingerprint = fingerprint(policy) if args.k else None
-    if args.engine == "vllm" and args.k:
-        context = max(len(prompt) for *_, prompts, _ in files for prompt in prompts) + args.max_new_tokens
-        policy = load_vllm(args.model, args.dtype, args.kv_tokens, context)
-    for file in files:
-        collect_file(args, tokenizer, policy, policy_fingerprint, *file)
+    tokenizer, policy, policy_fingerprint = load_tokenizer(args.model), None, None
+    pools = [args.data] if len(args.out) == 1 else [[source] for source in args.data]
+    read = [read_prompts(args, tokenizer, sources) for sources in pools]
+    if args.k:
+        policy = load_policy(args.model, args.device if args.engine == "hf" else "cpu", args.dtype)
+        policy_fingerprint = fingerprint(policy)
+        if args.engine == "vllm":
+            longest = max(len(prompt) for prompts, *_ in read for prompt in prompts)
+            policy = load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
+    for sources, (prompts, answers, families), out in zip(pools, read, args.out):
+        collect_file(args, tokenizer, policy, policy_fingerprint, sources, prompts, answers, families, out)
     barrier()
     for out in args.out if RANK == 0 else ():
-        shutil.rmtree(parts_of(out), ignore_errors=True)
+        for folder in out.parent.glob(f"{out.name}.*.parts"):
+            shutil.rmtree(folder)
     if WORLD > 1 and args.engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
 

@@ -1,12 +1,14 @@
-"""Pictures and a table of one or several runs of run_cropi.sh.
+"""Plots and a table of one or more runs of run_cropi.sh.
 
-Reads   run folders RUN/METHOD (and RUN/rollouts beside them). Runs of one method, over seeds, are drawn as their mean and the
-        band from the lowest to the highest.
-Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps and against seconds. Accuracy is the mean reward at
-                           the sampling temperature (solid) and that of greedy decoding (dotted). Seconds are those of
-                           training, of selection and of the collection that the method needs; evaluation is left out.
-        OUT/selected.png   what was selected in each phase, by family where the data has one, and by pass rate under beta.
-Prints  a table: method, phase, prompts selected, selection seconds, training seconds, accuracy at the phase's end.
+Reads   run folders RUN/METHOD (and RUN/rollouts next to them). Runs of one method with several seeds are
+        drawn as their mean with a band from the lowest to the highest.
+Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps and against seconds. Solid lines: mean
+                           reward at the sampling temperature; dotted lines: greedy decoding. Seconds cover
+                           training, selection and the collection that the method needs, but no evaluation.
+        OUT/selected.png   the selection of each phase by family (if the data has families) and by pass rate
+                           under beta.
+Prints  a table: method, phase, prompts selected, selection seconds, training seconds, accuracy at the end of
+        the phase.
 
     python plot.py runs/toy/full runs/toy/cropi --out runs/toy
 """
@@ -23,44 +25,51 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "random": "#95a5a6", "passrate": "#2980b9",
-          "learnability": "#27ae60"}
+COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "random": "#95a5a6",
+          "passrate": "#2980b9", "learnability": "#27ae60"}
 
 
-def fail(file, found, expected, mend):
-    """Wrong input: one line on stderr, exit code 2."""
-    line = f"{Path(sys.argv[0]).name}: error: {file}: found {found}; expected {expected}; {mend}"
+def fail(source, found, expected, hint):
+    """Reports wrong input in one line on stderr and exits with code 2."""
+    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
 
 
+def read_seconds(path):
+    """{stage: seconds} of a seconds.tsv."""
+    rows = [line.split("\t") for line in path.read_text().splitlines()]
+    return {stage: float(seconds) for stage, seconds in rows}
+
+
 def read_run(folder):
-    """A run's phases: [{selected, selection seconds, training seconds, rows of metrics.jsonl}], its method and its costs."""
+    """A run: its method, phases [{selected, selection (seconds), rows of metrics.jsonl}], collection seconds,
+    and the rewards and families of the train prompts."""
+    shared, phases = folder.parent / "rollouts", []
     try:
-        seconds = dict(line.split("\t") for line in (folder / "seconds.tsv").read_text().splitlines())
-        collected = dict(line.split("\t") for line in (folder.parent / "rollouts/seconds.tsv").read_text().splitlines())
-        phases = []
-        while (phase := folder / f"phase-{len(phases)}" / "policy" / "metrics.jsonl").exists():
+        seconds = read_seconds(folder / "seconds.tsv")
+        collected = read_seconds(shared / "seconds.tsv")
+        while (metrics := folder / f"phase-{len(phases)}" / "policy" / "metrics.jsonl").exists():
             m = len(phases)
             phases.append({
-                "selected": np.load(phase.parent.parent / "selected.npy"),
-                "selection": sum(float(s) for stage, s in seconds.items()
-                                 if stage in (f"phase-{m}-sketch", f"phase-{m}-score")),
-                "rows": [json.loads(line) for line in phase.read_text().splitlines()]})
-        rollouts = torch.load(folder.parent / "rollouts/train.pt", weights_only=True)
+                "selected": np.load(folder / f"phase-{m}" / "selected.npy"),
+                "selection": seconds.get(f"phase-{m}-sketch", 0) + seconds.get(f"phase-{m}-score", 0),
+                "rows": [json.loads(line) for line in metrics.read_text().splitlines()]})
+        rollouts = torch.load(shared / "train.pt", weights_only=True)
     except (OSError, ValueError) as error:
         fail(folder, f"no readable run ({error})", "a folder RUN/METHOD of run_cropi.sh", "run it first")
     if not phases:
-        fail(folder, "no finished phase", "phase-0/policy/metrics.jsonl", "run run_cropi.sh to the end of a phase")
+        fail(folder, "no finished phase", "phase-0/policy/metrics.jsonl",
+             "run run_cropi.sh to the end of a phase")
     method = folder.resolve().name
-    needs = {"full": (), "random": (), "passrate": ("train",), "learnability": ("train",)}.get(
-        method, ("train", "val"))
-    return {"method": method, "phases": phases, "collection": sum(float(collected[stage]) for stage in needs),
+    needed = {"full": (), "random": (), "passrate": ("train",), "learnability": ("train",)}
+    needed = needed.get(method, ("train", "val"))  # the collection stages whose rollouts the method uses
+    return {"method": method, "phases": phases, "collection": sum(collected[stage] for stage in needed),
             "rewards": rollouts["rewards"].numpy(), "families": rollouts["families"]}
 
 
 def curve(run):
-    """(steps, seconds, {test: (accuracy, greedy accuracy)}) of a run's evaluations, seconds cumulated as in the docstring."""
+    """(steps, cumulative seconds, {test: (accuracy, greedy accuracy)}) of a run's evaluations."""
     steps, seconds, tests, spent = [], [], {}, run["collection"]
     for phase in run["phases"]:
         spent += phase["selection"]
@@ -75,7 +84,7 @@ def curve(run):
 
 
 def plot_accuracy(runs, path):
-    """Test sets down, steps and seconds across; one line a method."""
+    """One row per test set, columns for steps and seconds, one line per method."""
     methods = {}
     for run in runs:
         methods.setdefault(run["method"], []).append(curve(run))
@@ -91,7 +100,8 @@ def plot_accuracy(runs, path):
                 axis.plot(x, accuracy[:, 0].mean(0), color=color, label=method, lw=2)
                 axis.plot(x, accuracy[:, 1].mean(0), color=color, ls=":", lw=1)
                 if len(curves) > 1:
-                    axis.fill_between(x, accuracy[:, 0].min(0), accuracy[:, 0].max(0), color=color, alpha=0.15, lw=0)
+                    low, high = accuracy[:, 0].min(0), accuracy[:, 0].max(0)
+                    axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
         row[0].set_ylabel(f"{test}: mean reward")
     for axis, label in zip(axes[-1], ("GRPO steps", "seconds (collection + selection + training)")):
         axis.set_xlabel(label)
@@ -111,29 +121,33 @@ def shares(labels, groups):
 
 
 def plot_selected(runs, path):
-    """For each method that selects, the share of each family and of each pass rate, in the pool and in every phase."""
-    runs = [run for i, run in enumerate(runs) if run["method"] != "full" and run["method"] not in
-            [other["method"] for other in runs[:i]]]  # one seed a method
+    """For each method that selects: the share of each family and pass rate in the pool and in each phase."""
+    first = {}
+    for run in runs:
+        first.setdefault(run["method"], run)  # one seed per method
+    runs = [run for method, run in first.items() if method != "full"]
     if not runs:
         return None
     k = runs[0]["rewards"].shape[1]
     columns = 2 if any(runs[0]["families"]) else 1
     figure, axes = plt.subplots(len(runs), columns, figsize=(5.5 * columns, 4.2 * len(runs)), squeeze=False)
     for row, run in zip(axes, runs):
-        correct = run["rewards"].sum(1).round().astype(int)  # [N], responses of the K that are right
-        properties = [("pass rate under the base policy", correct, range(k + 1), [f"{c}/{k}" for c in range(k + 1)])]
+        correct = run["rewards"].sum(1).round().astype(int)  # [N], of K
+        rates = [f"{c}/{k}" for c in range(k + 1)]
+        properties = [("pass rate under the base policy", correct, range(k + 1), rates)]
         if columns == 2:
             families = sorted(set(run["families"]))
             properties.insert(0, ("family", np.array(run["families"]), families, families))
         for axis, (title, values, labels, names) in zip(row, properties):
             table = shares(labels, [values] + [values[phase["selected"]] for phase in run["phases"]])
             axis.imshow(table, cmap="Reds", vmin=0, vmax=table.max(), aspect="auto")
-            axis.set_xticks(range(table.shape[1]), ["pool"] + [f"phase {m}" for m in range(len(run["phases"]))], fontsize=8)
+            phases = [f"phase {m}" for m in range(len(run["phases"]))]
+            axis.set_xticks(range(table.shape[1]), ["pool", *phases], fontsize=8)
             axis.set_yticks(range(len(names)), names, fontsize=8)
             axis.set_title(f"{run['method']}: % by {title}", fontsize=10)
             for (i, j), value in np.ndenumerate(table):
-                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7,
-                          color="white" if value > 0.6 * table.max() else "black")
+                color = "white" if value > 0.6 * table.max() else "black"
+                axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     return path
@@ -145,23 +159,27 @@ def print_table(runs):
           + "".join(f"{test:>14}" for test in tests))
     for run in runs:
         start = run["phases"][0]["rows"][0].get("eval", {})
-        print(f"{run['method']:<13}{'base':>5}{'':>35}" + "".join(f"{start[test]['mean']:>14.3f}" for test in tests if start))
+        accuracy = "".join(f"{start[test]['mean']:>14.3f}" for test in tests if start)
+        print(f"{run['method']:<13}{'base':>5}{'':>35}{accuracy}")
         for m, phase in enumerate(run["phases"]):
-            result = phase["rows"][-1].get("eval", {})
+            end = phase["rows"][-1]
+            accuracy = "".join(f"{end['eval'][test]['mean']:>14.3f}" for test in tests)
             print(f"{run['method']:<13}{m:>5}{len(phase['selected']):>10}{phase['selection']:>13.1f}"
-                  f"{phase['rows'][-1]['seconds']:>12.1f}" + "".join(f"{result[test]['mean']:>14.3f}" for test in tests))
+                  f"{end['seconds']:>12.1f}{accuracy}")
         print(f"{run['method']:<13}collection {run['collection']:.1f} s")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("runs", nargs="+", type=Path, help="folders RUN/METHOD made by run_cropi.sh")
-    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures (the current one)")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of the plots (the current one)")
     args = parser.parse_args()
     runs = [read_run(folder) for folder in args.runs]
     args.out.mkdir(parents=True, exist_ok=True)
     print_table(runs)
-    for path in (plot_accuracy(runs, args.out / "accuracy.png"), plot_selected(runs, args.out / "selected.png")):
+    for path in (plot_accuracy(runs, args.out / "accuracy.png"),
+                 plot_selected(runs, args.out / "selected.png")):
         if path:
             print(path)
 

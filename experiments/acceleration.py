@@ -1,20 +1,22 @@
-"""Claim 1, acceleration: steps and seconds that CROPI needs to the accuracy at which full data ends, beside other rules.
+"""Claim 1, acceleration: steps and seconds that each method needs to reach full data's final accuracy.
 
-Reads the runs of experiments/acceleration.sh and writes experiments/results/acceleration.json (curves, settings, versions,
-the numbers below) and acceleration.png, targeted and untargeted accuracy against steps and against seconds: mean over the
-seeds, band from the lowest to the highest.
+Reads the runs of experiments/acceleration.sh. Writes experiments/results/acceleration.json (curves, settings,
+versions and the numbers below) and acceleration.png (targeted and untargeted accuracy against steps and
+seconds: mean over the seeds, band from the lowest to the highest seed).
 
-Accuracy is the mean reward at T = 1 over 4 responses a test prompt; smoothed: averaged with the evaluations before and
-after (10 steps apart). Seconds are those of collection (what the method needs of it) and selection as whole processes, and
-of training without its evaluations. With A the smoothed targeted accuracy of full data at its last step, for each seed
+Accuracy is the mean reward at T = 1 over 4 responses per test prompt. Smoothed accuracy averages each
+evaluation with the ones before and after it (10 steps apart). Seconds cover collection (only what the method
+needs), selection (wall-clock time of its processes) and training without evaluation. With A = the smoothed
+targeted accuracy of full data at its last step, for each seed
 
-    step_acceleration = (steps full data needs to A) / (steps CROPI needs to A)
-    wall_acceleration = the same of seconds
+    step_acceleration = (steps until full data reaches A) / (steps until CROPI reaches A)
+    wall_acceleration = the same ratio in seconds
 
-where "needs to" is the first crossing of the smoothed curve, linear between evaluations; 0 where it never crosses.
+A method reaches A at the first crossing of its smoothed curve, interpolated linearly between evaluations. The
+ratio is 0 if CROPI never reaches A.
 
-    bash experiments/acceleration.sh                 the runs, then this
-    python experiments/acceleration.py plot          the figure anew from the JSON
+    bash experiments/acceleration.sh                 makes the runs, then starts this script
+    python experiments/acceleration.py plot          redraws the figure from the JSON
 """
 
 import json
@@ -38,13 +40,13 @@ METHODS = ("full", "random", "passrate", "learnability", "influence", "cropi")
 
 
 def smoothed(accuracy):
-    """Each value averaged with its neighbours, the first and the last with the one that they have."""
+    """Averages each value with its neighbours; the first and the last value have only one neighbour."""
     padded = np.pad(np.asarray(accuracy, float), 1, constant_values=np.nan)
     return np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
 
 
 def crossing(x, y, level):
-    """Where the curve through the points (x, y) first reaches `level`; infinity if it never does.
+    """The x at which the curve through the points (x, y) first reaches `level`; infinity if it never does.
 
     >>> crossing([0, 10, 20], [0.2, 0.4, 0.8], 0.5)
     12.5
@@ -64,26 +66,33 @@ def measure():
             run = plot.read_run(folder / method)
             steps, seconds, tests = plot.curve(run)
             curves[method].append({
-                "steps": steps.tolist(), "seconds": seconds.round(2).tolist(), "collection": round(run["collection"], 2),
+                "steps": steps.tolist(), "seconds": seconds.round(2).tolist(),
+                "collection": round(run["collection"], 2),
                 **{test: values[0].round(5).tolist() for test, values in tests.items()}})
-    found = {"step": [], "wall": []}
+    ratios = {"step": [], "wall": []}
     for full, cropi in zip(curves["full"], curves["cropi"]):
         level = smoothed(full["targeted"])[-1]
         for name, axis in (("step", "steps"), ("wall", "seconds")):
             needed = [crossing(run[axis], smoothed(run["targeted"]), level) for run in (full, cropi)]
-            found[name].append(round(needed[0] / needed[1], 3))
-    result = {"command": "bash experiments/acceleration.sh", "seeds": [folder.name.split("-")[1] for folder in seeds],
-              "settings": {line.partition("=")[0]: line.partition("=")[2] for file in ("rollouts", "cropi")
-                           for line in (seeds[0] / file / "settings.txt").read_text().splitlines()},
-              "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-    for name, ratios in found.items():
-        result[f"{name}_acceleration"] = {"median": float(np.median(ratios)), "per_seed": ratios}
-    for key, place in (("half_accuracy", lambda n: n // 2), ("final_accuracy", lambda n: n - 1)):
-        for test in ("targeted", "untargeted"):
-            values = {method: [round(float(smoothed(run[test])[place(len(run[test]))]), 4) for run in curves[method]]
-                      for method in METHODS}
-            result.setdefault(key, {})[test] = {method: {"mean": round(float(np.mean(v)), 4), "per_seed": v}
-                                                for method, v in values.items()}
+            ratios[name].append(round(needed[0] / needed[1], 3))
+    settings = {}
+    for file in ("rollouts", "cropi"):
+        for line in (seeds[0] / file / "settings.txt").read_text().splitlines():
+            settings[line.partition("=")[0]] = line.partition("=")[2]
+    result = {"command": "bash experiments/acceleration.sh",
+              "seeds": [folder.name.split("-")[1] for folder in seeds], "settings": settings,
+              "torch": torch.__version__, "transformers": transformers.__version__,
+              "threads": torch.get_num_threads()}
+    for name, values in ratios.items():
+        result[f"{name}_acceleration"] = {"median": float(np.median(values)), "per_seed": values}
+    for key in ("half_accuracy", "final_accuracy"):
+        result[key] = {"targeted": {}, "untargeted": {}}
+        for test, by_method in result[key].items():
+            for method in METHODS:
+                curves_of_test = [smoothed(run[test]) for run in curves[method]]
+                place = len(curves_of_test[0]) // 2 if key == "half_accuracy" else -1
+                values = [round(float(accuracy[place]), 4) for accuracy in curves_of_test]
+                by_method[method] = {"mean": round(float(np.mean(values)), 4), "per_seed": values}
     return {**result, "curves": curves}
 
 
@@ -92,10 +101,11 @@ def draw(result, path):
     for row, test in zip(axes, ("targeted", "untargeted")):
         for method, runs in result["curves"].items():
             accuracy = np.array([run[test] for run in runs])  # [seeds, evaluations]
+            color = plot.COLORS[method]
             for axis, x in zip(row, ("steps", "seconds")):
                 at = np.mean([run[x] for run in runs], axis=0)
-                axis.plot(at, accuracy.mean(0), color=plot.COLORS[method], label=method, lw=2)
-                axis.fill_between(at, accuracy.min(0), accuracy.max(0), color=plot.COLORS[method], alpha=0.15, lw=0)
+                axis.plot(at, accuracy.mean(0), color=color, label=method, lw=2)
+                axis.fill_between(at, accuracy.min(0), accuracy.max(0), color=color, alpha=0.15, lw=0)
                 axis.grid(alpha=0.25)
         row[0].set_ylabel(f"{test}: mean reward")
     axes[1, 0].set_xlabel("GRPO steps")
@@ -116,8 +126,11 @@ def main():
     for name in ("step_acceleration", "wall_acceleration"):
         print(name, result[name])
     for method in METHODS:
-        print(f"{method:13}", *(f"{key} {test}: {result[key][test][method]['mean']:.3f}  " for key in
-                                ("half_accuracy", "final_accuracy") for test in ("targeted", "untargeted")))
+        means = []
+        for key in ("half_accuracy", "final_accuracy"):
+            for test in ("targeted", "untargeted"):
+                means.append(f"{key} {test}: {result[key][test][method]['mean']:.3f}  ")
+        print(f"{method:13}", *means)
     draw(result, RESULTS / "acceleration.png")
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Remakes every measurement and figure of README.md: some hours on two CPU cores. Started again, it goes on where it
-# was (runs/done); each script says how to make its figure alone anew from its numbers.
+# Reruns every measurement and redraws every figure of README.md: several hours on two CPU cores. Run it again
+# to resume after an interruption (finished commands are recorded in runs/done). Most scripts can redraw their
+# figure alone from the saved numbers; see their docstrings.
 #
-#   bash experiments/all.sh        in an environment with requirements.txt; installs what the peers of the comparisons need
+#   bash experiments/all.sh        needs an environment with requirements.txt; installs the compared packages
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
@@ -10,7 +11,7 @@ cd "$(dirname "$0")/.."
 "$PYTHON" -m pip install --quiet gguf accelerate reasoning-gym
 export PYTHON
 
-once() { # COMMAND...: not run again when it ended well before
+once() { # COMMAND...: runs it unless an earlier run of it succeeded
     local done
     done=runs/done/$(tr -c 'a-z0-9\n' '-' <<<"${*##*/}")
     if [ ! -e "$done" ]; then

@@ -1,9 +1,10 @@
-"""Claim 4, cost: one phase of CROPI in seconds, and where they go, beside the paper's 2776 s + 3584 s.
+"""Claim 4, cost: seconds per phase of CROPI, by part. (The paper: 2776 s of selection, 3584 s of training.)
 
-Reads the CROPI runs of experiments/acceleration.sh. Selection is timed as whole processes, training without evaluation.
+Reads the CROPI runs of experiments/acceleration.sh. Selection is the wall-clock time of its processes;
+training excludes evaluation.
 
-    python experiments/cost.py               writes experiments/results/cost.json and cost.png, prints the table
-    python experiments/cost.py plot          the figure anew from the numbers
+    python experiments/cost.py           writes experiments/results/cost.json and cost.png, prints the table
+    python experiments/cost.py plot      redraws the figure from the JSON
 """
 
 import json
@@ -18,16 +19,19 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
-PARTS = ("sketch: start-up and trial", "sketch: train prompts", "sketch: validation prompts", "score", "train: sampling",
-         "train: updates", "start-up and evaluation, not counted")
+PARTS = ("sketch: start-up and trial", "sketch: train prompts", "sketch: validation prompts", "score",
+         "train: sampling", "train: updates", "start-up and evaluation, not counted")
 PAPER = {"selection": 2776, "training": 3584, "total": 6360}
 
 
 def measure():
     rows, collection = [], []
     for run in sorted((ROOT / "runs/acceleration").glob("seed-*")):
-        seconds = {name: float(value) for file in ("rollouts", "cropi")
-                   for name, value in (line.split("\t") for line in (run / file / "seconds.tsv").read_text().splitlines())}
+        seconds = {}
+        for file in ("rollouts", "cropi"):
+            for line in (run / file / "seconds.tsv").read_text().splitlines():
+                name, value = line.split("\t")
+                seconds[name] = float(value)
         collection.append(seconds["train"] + seconds["val"])
         for m, phase in enumerate(sorted((run / "cropi").glob("phase-*"))):
             sketched = {name: json.loads((phase / f"{name}.json").read_text())["seconds"]
@@ -39,8 +43,10 @@ def measure():
                          steps[-1]["seconds"] - sampling, seconds[f"phase-{m}-train"] - steps[-1]["seconds"]])
     rows = np.array(rows)  # [seeds x phases, parts]
     totals = {"selection": rows[:, :4].sum(1), "training": rows[:, 4:6].sum(1), "total": rows[:, :6].sum(1)}
-    spread = {name: {"mean": round(float(values.mean()), 2), "min": round(float(values.min()), 2),
-                     "max": round(float(values.max()), 2)} for name, values in [*totals.items(), *zip(PARTS, rows.T)]}
+    spread = {}
+    for name, values in [*totals.items(), *zip(PARTS, rows.T)]:
+        spread[name] = {"mean": round(float(values.mean()), 2), "min": round(float(values.min()), 2),
+                        "max": round(float(values.max()), 2)}
     return {"command": "python experiments/cost.py", "seeds": len(collection), "phases": len(rows),
             "steps_a_phase": steps[-1]["step"] // (m + 1), "one_phase": spread,
             "collection_once": round(float(np.mean(collection)), 2), "paper": PAPER}
@@ -67,7 +73,7 @@ def main():
         path.write_text(json.dumps(measure(), indent=1) + "\n")
     result = json.loads(path.read_text())
     for name, value in result["one_phase"].items():
-        paper = f"   the paper {PAPER[name]} s" if name in PAPER else ""
+        paper = f"   paper: {PAPER[name]} s" if name in PAPER else ""
         print(f"{name:38} {value['mean']:8.1f} s ({value['min']:.1f} to {value['max']:.1f}){paper}")
     draw(result, RESULTS / "cost.png")
 

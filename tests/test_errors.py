@@ -1,4 +1,4 @@
-"""Bad input: one line that names the file, exit code 2, and the output that was there is untouched."""
+"""Invalid input: exit code 2, a one-line error that names the file, and existing output is not changed."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ OLD = b"an output of an earlier run"
 
 
 class Refusal:
-    """Runs a stage that must refuse, and checks how it says so."""
+    """Runs a stage on invalid input and checks its exit code, its error line and the existing output."""
 
     def __init__(self, call, folder):
         self.call, self.out = call, folder / "out.bin"
@@ -45,16 +45,16 @@ def refuses(call, tmp_path):
 
 @pytest.fixture
 def files(micro_run, world):
-    """Good inputs: the micro run's."""
+    """Valid inputs, taken from the micro run."""
     run, _ = micro_run
     phase = run / "cropi/phase-0"
     return {"base": world / "base", "data": world / "train.jsonl", "rollouts": run / "rollouts/train.pt",
-            "val_rollouts": run / "rollouts/val_sort.pt", "train": phase / "train.npy", "val": phase / "val_sort.npy",
-            "selected": phase / "selected.npy", "test": run / "rollouts/targeted.pt"}
+            "val_rollouts": run / "rollouts/val_sort.pt", "test": run / "rollouts/targeted.pt",
+            "train": phase / "train.npy", "val": phase / "val_sort.npy", "selected": phase / "selected.npy"}
 
 
 def truncated(path, folder):
-    """A copy of a file that ends after two thirds of its bytes, a sketch's .json beside it."""
+    """A copy of the first two thirds of a file's bytes; a sketch's .json is copied in full."""
     copy = folder / path.name
     copy.write_bytes(path.read_bytes()[:path.stat().st_size * 2 // 3])
     if path.with_suffix(".json").exists():
@@ -78,7 +78,7 @@ def altered_rollouts(path, folder, **changes):
 
 class Bomb:
     def __reduce__(self):
-        return print, ("this code ran",)  # on stdout, where a refusal is silent
+        return print, ("this code ran",)  # on stdout, which must be empty on an error
 
 
 def bad_rollouts(kind, good, folder):
@@ -93,12 +93,14 @@ def bad_rollouts(kind, good, folder):
         path.write_text("not a tensor in sight\n")
     elif kind == "truncated":
         return truncated(good, folder)
+    elif kind == "format 1":
+        return altered_rollouts(good, folder, meta={"format": 1})
     elif kind == "inconsistent":
         return altered_rollouts(good, folder, response_tokens=torch.zeros(5, dtype=torch.int32))
     return path
 
 
-KINDS = ["missing", "pickle", "torch-pickle", "other", "text", "truncated", "inconsistent"]
+KINDS = ["missing", "pickle", "torch-pickle", "other", "text", "truncated", "inconsistent", "format 1"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,12 +108,13 @@ KINDS = ["missing", "pickle", "torch-pickle", "other", "text", "truncated", "inc
 def test_bad_rollouts(stage, kind, files, refuses, tmp_path):
     bad = bad_rollouts(kind, files["rollouts"], tmp_path)
     if stage == "sketch":
-        refuses(sketch, "--model", files["base"], "--rollouts", bad, names=bad, says="found no readable rollouts")
+        refuses(sketch, "--model", files["base"], "--rollouts", bad,
+                names=bad, says="found no readable rollouts")
     elif stage == "score":
         refuses(score, "--method", "random", "--rollouts", bad, names=bad, says="found no readable rollouts")
     else:
-        refuses(train_grpo, "--model", files["base"], "--rollouts", bad, "--select", files["selected"], "--steps", 1,
-                names=bad, says="found no readable rollouts", out=tmp_path / "policy")
+        refuses(train_grpo, "--model", files["base"], "--rollouts", bad, "--select", files["selected"],
+                "--steps", 1, names=bad, says="found no readable rollouts", out=tmp_path / "policy")
         assert not (tmp_path / "policy").exists()
 
 
@@ -125,11 +128,11 @@ def test_missing_and_truncated_sketches(which, files, refuses, tmp_path):
 def test_sketch_that_is_a_pickle(files, refuses, tmp_path):
     np.save(tmp_path / "p.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
     shutil.copy(files["train"].with_suffix(".json"), tmp_path / "p.json")
-    refuses(score, "--train", tmp_path / "p.npy", "--val", files["val"], names="p.npy", says="unreadable")
+    refuses(score, "--train", tmp_path / "p.npy", "--val", files["val"],
+            names="p.npy", says="no readable sketch")
 
 
-@pytest.mark.parametrize("key, value", [("seed", 7), ("keep", 0.5), ("policy", "another"), ("projection", "rademacher"),
-                                        ("drop", "rows")])
+@pytest.mark.parametrize("key, value", [("seed", 7), ("keep", 0.5), ("policy", "another")])
 def test_sketches_that_do_not_match(key, value, files, refuses, tmp_path):
     other = altered_sketch(files["val"], tmp_path, **{key: value})
     refuses(score, "--train", files["train"], "--val", other, names=other, says=f"found {key} {value}")
@@ -157,27 +160,32 @@ def test_rollouts_and_sketch_of_different_n(files, refuses):
 @pytest.mark.parametrize("alpha, says", [("0", "found 0.0"), ("-0.1", "found -0.1"), ("1.5", "found 1.5"),
                                          ("0.001", "at least one prompt")])
 def test_alpha(alpha, says, files, refuses):
-    refuses(score, "--train", files["train"], "--val", files["val"], f"--alpha={alpha}", names="--alpha", says=says)
+    refuses(score, "--train", files["train"], "--val", files["val"], f"--alpha={alpha}",
+            names="--alpha", says=says)
 
 
 def test_one_response_has_no_variance(files, refuses, tmp_path):
     good = torch.load(files["rollouts"], weights_only=True)
     one = altered_rollouts(files["rollouts"], tmp_path, rewards=good["rewards"][:, :1],
-                           response_offsets=torch.arange(121), response_tokens=good["response_tokens"][:120],
-                           logprobs=good["logprobs"][:120])
+                           response_lengths=torch.ones(120).long(),
+                           response_tokens=good["response_tokens"][:120], logprobs=good["logprobs"][:120])
     refuses(sketch, "--model", files["base"], "--rollouts", one, names=one, says="found K = 1")
     refuses(score, "--method", "learnability", "--rollouts", one, names=one, says="found K = 1")
 
 
 def test_no_prompt_with_a_variance(files, refuses, tmp_path):
     flat = altered_rollouts(files["rollouts"], tmp_path, rewards=torch.ones(120, 6))
-    refuses(sketch, "--model", files["base"], "--rollouts", flat, names=flat, says="no prompt with unequal rewards")
-    refuses(score, "--method", "passrate", "--rollouts", flat, names=flat, says="no prompt with a reward variance")
+    refuses(sketch, "--model", files["base"], "--rollouts", flat,
+            names=flat, says="no prompt with unequal rewards")
+    refuses(score, "--method", "passrate", "--rollouts", flat,
+            names=flat, says="no prompt with a reward variance")
 
 
 @pytest.mark.parametrize("text, says", [
-    ("", "an empty file"), ('{"prompt": "1+1=", "answer": "2"}\nnot json\n', "unreadable data"),
-    ('{"query": "1+1=", "answer": "2"}\n', "columns ['query', 'answer']; expected a column prompt or question"),
+    ("", "an empty file"),
+    ('{"prompt": "1+1=", "answer": "2"}\nnot json\n', "unreadable data"),
+    ('{"query": "1+1=", "answer": "2"}\n',
+     "columns ['query', 'answer']; expected a column prompt or question"),
     ('{"prompt": "1+1=", "answer": " "}\n', "an empty answer in example 1"),
     ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "", "answer": "2"}\n', "an empty prompt in example 2"),
     (json.dumps({"prompt": "1+" * 40, "answer": "2"}) + "\n", "a prompt of 80 tokens (example 1)")])
@@ -188,7 +196,8 @@ def test_bad_data(text, says, files, refuses, tmp_path):
 
 
 def test_missing_data(files, refuses, tmp_path):
-    refuses(collect, "--model", files["base"], "--data", tmp_path / "no.jsonl", names="no.jsonl", says="no such file")
+    refuses(collect, "--model", files["base"], "--data", tmp_path / "no.jsonl",
+            names="no.jsonl", says="no such file")
 
 
 def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
@@ -197,28 +206,31 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
     refuses(collect, "--model", tmp_path, "--data", files["data"], names=tmp_path, says="found no tokenizer")
     empty = tmp_path / "empty"
     empty.mkdir()
-    refuses(sketch, "--model", empty, "--rollouts", files["rollouts"], names=empty, says="found no loadable model")
+    refuses(sketch, "--model", empty, "--rollouts", files["rollouts"],
+            names=empty, says="found no loadable model")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_engine_that_is_not_installed(files, refuses, tmp_path):
     base = files["base"]
-    refuses(collect, "--model", base, "--data", files["data"], "--max-new-tokens", 9, "--engine", "vllm", names=base,
-            says="No module named")
-    refuses(train_grpo, "--model", base, "--rollouts", files["rollouts"], "--select", files["selected"], "--steps", 1,
-            "--engine", "vllm", names=base, says="requirements-vllm.txt", out=tmp_path / "policy")
+    refuses(collect, "--model", base, "--data", files["data"], "--max-new-tokens", 9, "--engine", "vllm",
+            names=base, says="No module named")
+    refuses(train_grpo, "--model", base, "--rollouts", files["rollouts"], "--select", files["selected"],
+            "--steps", 1, "--engine", "vllm",
+            names=base, says="requirements-vllm.txt", out=tmp_path / "policy")
 
 
 @pytest.mark.parametrize("stage", ["collect", "sketch", "score", "train_grpo"])
 def test_output_that_cannot_be_written(stage, files, refuses, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("a file where a folder should be")
-    out, arguments = blocked / "out", {
+    out = blocked / "out"
+    arguments = {
         "collect": (collect, "--model", files["base"], "--data", files["data"], "--max-new-tokens", 4),
         "sketch": (sketch, "--model", files["base"], "--rollouts", files["rollouts"]),
         "score": (score, "--train", files["train"], "--val", files["val"]),
-        "train_grpo": (train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", files["selected"],
-                       "--steps", 1)}[stage]
+        "train_grpo": (train_grpo, "--model", files["base"], "--rollouts", files["rollouts"],
+                       "--select", files["selected"], "--steps", 1)}[stage]
     refuses(*arguments, names=out, says="cannot be written", out=out)
     assert blocked.read_text() == "a file where a folder should be"
 
@@ -228,28 +240,29 @@ def test_bad_selection(kind, files, refuses, tmp_path):
     bad = truncated(files["selected"], tmp_path) if kind == "truncated" else tmp_path / "bad.npy"
     if kind == "out of range":
         np.save(bad, np.array([3, 120]))
-    refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", bad, "--steps", 1,
-            names=bad, says="no usable selection", out=tmp_path / "policy")
+    refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", bad,
+            "--steps", 1, names=bad, says="no usable selection", out=tmp_path / "policy")
 
 
 def test_training_folder_of_other_settings(files, refuses, tmp_path):
     folder = tmp_path / "policy"
     folder.mkdir()
     (folder / "args.json").write_text(json.dumps({"lr": 0.5}))
-    refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", files["selected"],
-            "--steps", 1, names=folder, says="a run with another", out=folder)
+    refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"],
+            "--select", files["selected"], "--steps", 1, names=folder, says="a run with another", out=folder)
     assert [path.name for path in folder.iterdir()] == ["args.json"]
 
 
 def test_training_folder_of_another_selection(files, call, tmp_path):
-    """The same paths, but other prompts in selected.npy: the finished policy is not theirs."""
-    arguments = ["--model", files["base"], "--rollouts", files["rollouts"], "--select", tmp_path / "s.npy", "--steps", 1,
-                 "--batch-size", 1, "--out", tmp_path / "policy"]
+    """A finished policy is rejected when selected.npy has the same path but other prompts."""
+    arguments = ["--model", files["base"], "--rollouts", files["rollouts"], "--select", tmp_path / "s.npy",
+                 "--steps", 1, "--batch-size", 1, "--out", tmp_path / "policy"]
     np.save(tmp_path / "s.npy", np.array([1, 2]))
     assert call(train_grpo, *arguments)[0] == 0
     code, stdout, _ = call(train_grpo, *arguments)
     assert code == 0 and "complete, nothing to do" in stdout
-    assert call(train_grpo, *arguments, "--batch-tokens", 100, "--kv-tokens", 100)[0] == 0  # memory is no setting
+    memory = ["--batch-tokens", 100, "--kv-tokens", 100]  # these may differ from the finished run's
+    assert call(train_grpo, *arguments, *memory)[0] == 0
     np.save(tmp_path / "s.npy", np.array([2, 1]))
     code, _, err = call(train_grpo, *arguments)
     assert code == 2 and "a run with another selected" in err
@@ -260,7 +273,8 @@ def test_plot_of_no_run(refuses, tmp_path):
 
 
 def test_exit_code_of_a_process(tmp_path):
-    done = run_script("score.py", "--method", "full", "--rollouts", tmp_path / "none.pt", "--out", tmp_path / "s.npy")
+    done = run_script("score.py", "--method", "full", "--rollouts", tmp_path / "none.pt",
+                      "--out", tmp_path / "s.npy")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.pt" in done.stderr
 
 

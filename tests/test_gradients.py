@@ -1,4 +1,4 @@
-"""sketch.py's off-policy gradient against a loop over prompts, trajectories and tokens with plain autograd in float64."""
+"""sketch.py's off-policy gradient against plain autograd in float64, one token at a time."""
 
 import pytest
 import torch
@@ -9,12 +9,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import sketch
+import sparse_ratio
 
 TEMPERATURE, K = 0.7, 4
 
 
 class Whole:
-    """Stands where a Projection stands, and keeps every coordinate where it is: the sketch is the gradient."""
+    """Replaces Projection and keeps every coordinate in place, so that the sketch is the gradient itself."""
 
     def __init__(self, policy):
         self.starts, self.dim, self.device = {}, 0, policy.device
@@ -22,13 +23,10 @@ class Whole:
             self.starts[name] = self.dim
             self.dim += parameter.numel()
 
-    def draw(self, name, shape):
-        return slice(None), None, None
-
     def zeros(self, b):
         return torch.zeros(b, self.dim)
 
-    def add(self, name, shape, gradients, sums):
+    def add(self, name, gradients, sums):
         gradients = gradients.flatten(1)
         sums[:, self.starts[name]:self.starts[name] + gradients.shape[1]] += gradients
 
@@ -37,7 +35,7 @@ class Whole:
 
 
 class HiddenHead(nn.Module):
-    """A language-model head that reads the embedding's weight behind the back of every layer."""
+    """An output layer that uses the embedding's weight without owning it, so that no hook sees this use."""
 
     def __init__(self, embedding):
         super().__init__()
@@ -48,18 +46,25 @@ class HiddenHead(nn.Module):
 
 
 def rollouts(n=5, vocab=29, seed=3):
-    """n prompts with K ragged responses, log-probs of another policy (theta differs from theta(0)) and mixed rewards."""
+    """n prompts, K responses of varying length to each, log-probs of another policy, and mixed rewards."""
     rng = torch.Generator().manual_seed(seed)
-    length = lambda low, high: int(torch.randint(low, high, (), generator=rng))
-    prompts = [torch.randint(vocab, (length(1, 7),), generator=rng) for _ in range(n)]
-    responses = [torch.randint(vocab, (length(1, 9),), generator=rng) for _ in range(n * K)]  # the pad id 0 included
+
+    def tokens(low, high):  # the pad id 0 included
+        length = int(torch.randint(low, high, (), generator=rng))
+        return torch.randint(vocab, (length,), generator=rng)
+
+    prompts = [tokens(1, 7) for _ in range(n)]
+    responses = [tokens(1, 9) for _ in range(n * K)]
     beta = [-3 + torch.rand(len(r), generator=rng) for r in responses]
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]])[:n]
     return prompts, responses, beta, rewards
 
 
 def naive_gradient(policy, prompt, responses, beta, rewards):
-    """1/K sum_k 1/|tau_k| sum_t grad rho_{k,t} A_k, a forward and a backward pass a token, without any code of sketch.py."""
+    """1/K sum_k 1/|tau_k| sum_t grad rho_{k,t} A_k, by one forward and one backward pass per token.
+
+    It uses no code of sketch.py.
+    """
     parameters = list(policy.parameters())
     mean = sum(rewards) / K
     std = (sum((r - mean) ** 2 for r in rewards) / (K - 1)) ** 0.5
@@ -70,23 +75,25 @@ def naive_gradient(policy, prompt, responses, beta, rewards):
             probabilities = torch.softmax(policy(state).logits[0, -1] / TEMPERATURE, -1)
             ratio = probabilities[response[t]] / logp_beta[t].double().exp()
             weight = (reward - mean) / (std + 1e-4) / K / len(response)
-            for sum_, gradient in zip(total, torch.autograd.grad(ratio * weight, parameters, allow_unused=True)):
+            of_token = torch.autograd.grad(ratio * weight, parameters, allow_unused=True)
+            for sum_, gradient in zip(total, of_token):
                 if gradient is not None:
                     sum_ += gradient
     return torch.cat([t.flatten() for t in total])
 
 
-def gradients(policy, batch, fast=True, rows=None):
-    """The stage's gradients [N, parameters] of prompts `batch`, all at once, or `rows` trajectories at a time."""
-    sketcher = sketch.Sketcher(policy, Whole(policy), fast)
-    assert sketcher.fast == fast
-    total = sum(sketcher(*arguments(batch, first, first + (rows or K))) for first in range(0, K, rows or K))
+def gradients(policy, batch, batched=True, rows=None):
+    """sketch.py's gradients [N, parameters] of the prompts `batch`; `rows`: trajectories at a time (K)."""
+    sketcher, total, rows = sketch.Sketcher(policy, Whole(policy), batched), 0, rows or K
+    assert sketcher.batched == batched
+    for first in range(0, K, rows):
+        total = total + sketch.sketch_batch(sketcher, *arguments(batch, first, first + rows))
     sketcher.close()
     return total
 
 
 def arguments(batch, first=0, end=K):
-    """What a Sketcher is called with for trajectories first..end of the prompts `batch`."""
+    """The arguments of a Sketcher's call for trajectories first .. end - 1 of the prompts `batch`."""
     prompts, responses, beta, rewards = rollouts()
     rows = [i * K + j for i in batch for j in range(first, end)]
     return ([prompts[i] for i in batch], [responses[r] for r in rows], [beta[r] for r in rows],
@@ -102,16 +109,17 @@ def policy_and_truth(request):
     policy = tiny_qwen(tied=request.param)
     prompts, responses, beta, rewards = rollouts()
     double = tiny_qwen(tied=request.param).double()
-    truth = [naive_gradient(double, prompts[i], responses[i * K:(i + 1) * K], beta[i * K:(i + 1) * K], rewards[i].tolist())
-             for i in range(len(prompts))]
+    truth = []
+    for i, prompt in enumerate(prompts):
+        own = slice(i * K, (i + 1) * K)
+        truth.append(naive_gradient(double, prompt, responses[own], beta[own], rewards[i].tolist()))
     return policy, torch.stack(truth)
 
 
-@pytest.mark.parametrize("fast", [True, False], ids=["batched", "plain"])
-def test_gradient_is_the_equation(policy_and_truth, fast):
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "plain"])
+def test_gradient_is_the_equation(policy_and_truth, batched):
     policy, truth = policy_and_truth
-    found = gradients(policy, [0, 1, 2, 3, 4]) if fast else torch.cat([gradients(policy, [i], False) for i in range(5)])
-    assert relative_error(found, truth) <= 1e-5
+    assert relative_error(gradients(policy, [0, 1, 2, 3, 4], batched), truth) <= 1e-5
 
 
 def test_gradient_does_not_depend_on_its_batch(policy_and_truth, monkeypatch):
@@ -119,12 +127,12 @@ def test_gradient_does_not_depend_on_its_batch(policy_and_truth, monkeypatch):
     reverse = gradients(policy, [4, 3, 2, 1, 0]).flip(0)
     alone = torch.cat([gradients(policy, [i]) for i in range(5)])
     row_by_row = torch.cat([gradients(policy, [i], rows=1) for i in range(5)])
-    monkeypatch.setattr(sketch, "CHUNK", 600)  # one or two prompts of a layer at a time
+    monkeypatch.setattr(sketch, "CHUNK", 600)  # a layer's gradients of one or two prompts at a time
     in_chunks = gradients(policy, [0, 1, 2, 3, 4])
     made = []
     hook = policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
     few_logits = []
-    for rows in (9, 3):  # logits of two prompts at a time; of three of a prompt's four responses, then of the fourth
+    for rows in (9, 3):  # 9: two prompts at a time; 3: three of a prompt's four responses, then the fourth
         monkeypatch.setattr(sketch, "LOGITS", rows * 8 * 29)
         few_logits.append(gradients(policy, [0, 1, 2, 3, 4]))
     hook.remove()
@@ -137,46 +145,50 @@ ARCHITECTURES = {
     "llama": dict(num_key_value_heads=2), "qwen3": dict(num_key_value_heads=2, head_dim=8),
     "gemma2": dict(num_key_value_heads=2, head_dim=8), "gpt2": {}, "gpt_neox": {},
     "opt": dict(ffn_dim=24, word_embed_proj_dim=16),
-    "qwen3_moe": dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)}
-# Batched: llama, qwen3, gpt2, gpt_neox. Plain: scaled embeddings, positions with an offset, fused experts.
+    "qwen3_moe": dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+                      moe_intermediate_size=8)}
+# Batched: llama, qwen3, gpt2, gpt_neox. Plain autograd: gemma2 (scaled embeddings), opt (positions with an
+# offset), qwen3_moe (fused experts).
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_exact(name, capsys):
-    """Batched where the layers allow it, plain autograd where they do not; never a wrong number."""
+    """Gradients are batched where every layer is supported, else by plain autograd; both are exact."""
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         name, vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=1, experts_implementation="eager",
-        **ARCHITECTURES[name])).eval()
+        max_position_embeddings=64, eos_token_id=1, pad_token_id=0, bos_token_id=1,
+        experts_implementation="eager", **ARCHITECTURES[name])).eval()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     prompts, responses, beta, rewards = rollouts()
     sketcher = sketch.make_sketcher(policy, Whole(policy))
-    assert sketcher.fast == (name in ("llama", "qwen3", "gpt2", "gpt_neox"))
-    found = sketcher(*arguments([0, 1, 2] if sketcher.fast else [2]))
+    assert sketcher.batched == (name in ("llama", "qwen3", "gpt2", "gpt_neox"))
+    found = sketch.sketch_batch(sketcher, *arguments([0, 1, 2]))
     policy.double().requires_grad_(True)
     sketcher.close()
-    truth = naive_gradient(policy, prompts[2], responses[2 * K:3 * K], beta[2 * K:3 * K], rewards[2].tolist())
+    own = slice(2 * K, 3 * K)
+    truth = naive_gradient(policy, prompts[2], responses[own], beta[own], rewards[2].tolist())
     assert relative_error(found[-1], truth) <= 2e-5
 
 
 def test_weight_used_outside_its_layer_is_noticed():
-    """Layers of known types alone do not make the batched gradients right: they are compared before they are trusted."""
+    """Supported layer types are not enough: batched gradients are first checked against plain autograd."""
     policy = tiny_qwen(tied=True)
-    assert sketch.make_sketcher(policy, Whole(policy)).fast
+    assert sketch.make_sketcher(policy, Whole(policy)).batched
     policy = tiny_qwen(tied=True)
     policy.lm_head = HiddenHead(policy.model.embed_tokens)
-    assert not sketch.make_sketcher(policy, Whole(policy)).fast
+    assert not sketch.make_sketcher(policy, Whole(policy)).batched
 
 
 def test_surrogate_counts_tokens_of_each_trajectory():
-    """By hand: rho = (2, 1) and (1), A = (1, -1), K = 2: (1 (2 + 1) / 2 - 1) / 2."""
+    """By hand, for rho = (2, 1) and (1), A = (1, -1) and K = 2: (1 (2 + 1) / 2 - 1) / 2 = 0.25."""
     logp = torch.tensor([[0.0, 0.0], [0.0, 9.0]])
     beta = torch.tensor([[-0.6931472, 0.0], [0.0, 0.0]])
     mask = torch.tensor([[True, True], [True, False]])
-    assert sketch.off_policy_surrogate(logp, beta, torch.tensor([1.0, -1.0]), mask, 2).item() == pytest.approx(0.25)
+    found = sketch.off_policy_surrogate(logp, beta, torch.tensor([1.0, -1.0]), mask, 2)
+    assert found.item() == pytest.approx(0.25)
 
 
 def module_cases():
@@ -187,7 +199,8 @@ def module_cases():
              "Conv1D": (Conv1D(4, 8), x), "LayerNorm": (nn.LayerNorm(8), x),
              "LayerNorm without bias": (nn.LayerNorm(8, bias=False), x),
              "RMSNorm": (nn.RMSNorm(8), x), "RMSNorm of Qwen2": (Qwen2RMSNorm(8), x),
-             "RMSNorm of heads": (Qwen2RMSNorm(4), x.view(6, 5, 2, 4)), "embedding": (nn.Embedding(7, 4), ids),
+             "RMSNorm of heads": (Qwen2RMSNorm(4), x.view(6, 5, 2, 4)),
+             "embedding": (nn.Embedding(7, 4), ids),
              "embedding with a padding id": (nn.Embedding(7, 4, padding_idx=2), ids)}
     for module, _ in cases.values():
         for parameter in module.parameters():
@@ -195,19 +208,18 @@ def module_cases():
     return cases
 
 
-@pytest.mark.parametrize("some_rows", [False, True], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("name", module_cases())
-def test_batched_gradients_are_the_looped_ones(name, some_rows):
-    """prompt_gradients against a backward pass a prompt through the module itself, in float64."""
+def test_batched_gradients_are_the_looped_ones(name):
+    """prompt_gradients against one backward pass per prompt through the module itself, in float64."""
     module, x = module_cases()[name]
-    wanted = {p: torch.arange(len(p))[::2] if some_rows else slice(None) for p in module.parameters()}
     output = module(x)
     delta = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     flat = delta.reshape(3, -1, delta.shape[-1])
     seen = output.detach() if type(module).__name__.endswith("RMSNorm") else x
+    features = seen.shape[-1:] if seen.is_floating_point() else ()
     with torch.no_grad():
-        found = dict(sketch.prompt_gradients(module, seen.reshape(*flat.shape[:2], -1), flat, wanted.get))
-    assert found.keys() == wanted.keys()
+        found = dict(sketch.prompt_gradients(module, seen.reshape(*flat.shape[:2], *features), flat))
+    assert found.keys() == set(module.parameters())
     module.double()
     x = x.double() if x.is_floating_point() else x
     for prompt in range(3):
@@ -215,11 +227,11 @@ def test_batched_gradients_are_the_looped_ones(name, some_rows):
         module.zero_grad()
         module(x[rows]).backward(delta[rows].double())
         for parameter, gradients in found.items():
-            torch.testing.assert_close(gradients[prompt].double(), parameter.grad[wanted[parameter]], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(gradients[prompt].double(), parameter.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_layer_means_plain_autograd(capsys):
-    """A subclass may compute anything: only the very types that prompt_gradients knows are batched."""
+    """A subclass may compute anything, so only the exact types that prompt_gradients supports are batched."""
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -228,42 +240,42 @@ def test_unknown_layer_means_plain_autograd(capsys):
     scaled = Scaled(16, 29, bias=False)
     scaled.weight = policy.lm_head.weight
     policy.lm_head = scaled
-    assert not sketch.make_sketcher(policy, Whole(policy)).fast and "plain autograd" in capsys.readouterr().err
+    assert not sketch.make_sketcher(policy, Whole(policy)).batched
+    assert "plain autograd" in capsys.readouterr().err
     prompts, responses, beta, rewards = rollouts()
-    found = sketch.Sketcher(policy, Whole(policy), fast=False)(*arguments([2]))
-    truth = naive_gradient(policy.double(), prompts[2], responses[2 * K:3 * K], beta[2 * K:3 * K], rewards[2].tolist())
+    found = sketch.sketch_batch(sketch.Sketcher(policy, Whole(policy), batched=False), *arguments([2]))
+    own = slice(2 * K, 3 * K)
+    truth = naive_gradient(policy.double(), prompts[2], responses[own], beta[own], rewards[2].tolist())
     assert relative_error(found[0], truth) <= 1e-5
 
 
-@pytest.mark.parametrize("kind, drop", [("sjlt", "coordinates"), ("sjlt", "rows"), ("rademacher", "rows")])
-def test_sketch_is_the_projection_of_the_true_gradient(policy_and_truth, kind, drop):
-    """What the hooks put together, layer by layer, is P drop(g) of the equation's g."""
+@pytest.mark.parametrize("projection", [sketch.Projection, sparse_ratio.Rademacher])
+def test_sketch_is_the_projection_of_the_true_gradient(policy_and_truth, projection):
+    """The sketch that the hooks add up layer by layer is P drop(g) of the reference gradient g."""
     policy, truth = policy_and_truth
-    projection = sketch.Projection(5, 0.3, 64, kind, drop, "cpu")
+    projection = projection(5, 0.3, 64, "cpu")
     sums = projection.zeros(5)
     start = 0
     for name, parameter in policy.named_parameters():
         gradients = truth[:, start:start + parameter.numel()].view(5, *parameter.shape).float()
-        projection.add(name, parameter.shape, gradients[:, projection.draw(name, parameter.shape)[0]], sums)
+        projection.add(name, gradients, sums)
         start += parameter.numel()
     expected = projection.sketches(sums)
     for parameter in policy.parameters():
-        parameter.grad = torch.ones_like(parameter)  # left over from somebody's training
-    fast, plain = sketch.Sketcher(policy, projection), sketch.Sketcher(policy, projection, fast=False)
-    policy.requires_grad_(False)
-    assert relative_error(fast(*arguments([0, 1, 2, 3, 4])), expected) <= 1e-5
-    fast.close()
-    policy.requires_grad_(True)
-    assert relative_error(torch.cat([plain(*arguments([i])) for i in range(5)]), expected) <= 1e-5
+        parameter.grad = torch.ones_like(parameter)  # as an earlier backward pass leaves it
+    for batched in (True, False):
+        sketcher = sketch.Sketcher(policy, projection, batched)
+        assert relative_error(sketch.sketch_batch(sketcher, *arguments([0, 1, 2, 3, 4])), expected) <= 1e-5
+        sketcher.close()
 
 
 def test_bfloat16_policy_has_float32_gradients():
-    """Layer by layer, products and sums over tokens are float32: exact to float32 from the bfloat16 inputs."""
+    """Each layer's products and sums over tokens are float32: exact to float32 given bfloat16 inputs."""
     torch.manual_seed(0)
     module = nn.Linear(8, 4, bias=False).bfloat16()
     x, delta = torch.randn(2, 5000, 8).bfloat16(), torch.randn(2, 5000, 4).bfloat16()
     with torch.no_grad():
-        (_, found), = sketch.prompt_gradients(module, x, delta.float(), lambda parameter: slice(None))
+        (_, found), = sketch.prompt_gradients(module, x, delta.float())
     assert found.dtype == torch.float32
     assert relative_error(found.flatten(1), (delta.double().mT @ x.double()).flatten(1)) <= 1e-6
     policy = tiny_qwen(tied=True)

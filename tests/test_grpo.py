@@ -1,4 +1,4 @@
-"""train_grpo.py: the objective and its gradient against closed forms in float64, and a case in which it must learn."""
+"""train_grpo.py: objective and gradient against closed forms in float64, and a bandit that it must learn."""
 
 import argparse
 import copy
@@ -17,7 +17,7 @@ CLIP, KL = 0.2, 0.05
 
 
 def test_objective_and_gradient_in_closed_form():
-    """Ratios far out on both sides, advantages of both signs: every branch of the min, with the KL term, by scalars."""
+    """The KL term and every branch of the min: ratios beyond both clips, advantages of both signs."""
     rng = torch.Generator().manual_seed(0)
     shape = (6, 9)
     logp = (-2 + torch.randn(shape, generator=rng, dtype=torch.float64)).requires_grad_()
@@ -39,9 +39,10 @@ def test_objective_and_gradient_in_closed_form():
             ratio, delta = torch.tensor(x - old[i, t].item()).exp().item(), ref[i, t].item() - x
             k3 = torch.tensor(delta, dtype=torch.float64).exp().item() - delta - 1
             ratio = torch.tensor(x - old[i, t].item(), dtype=torch.float64).exp().item()
-            outside = ratio > 1 + CLIP if a > 0 else ratio < 1 - CLIP  # where the clipped branch is the smaller one
+            outside = ratio > 1 + CLIP if a > 0 else ratio < 1 - CLIP  # the clipped term is the minimum
             total += (min(max(ratio, 1 - CLIP), 1 + CLIP) if outside else ratio) * a - KL * k3
-            expected = (0 if outside else ratio * a) + KL * (torch.tensor(delta, dtype=torch.float64).exp().item() - 1)
+            pull = KL * (torch.tensor(delta, dtype=torch.float64).exp().item() - 1)
+            expected = (0 if outside else ratio * a) + pull
             assert slope[i, t].item() == pytest.approx(expected / lengths[i], abs=1e-12)
             clipped[outside and a != 0] += 1
         assert found[i].item() == pytest.approx(total / lengths[i], abs=1e-12)
@@ -57,16 +58,23 @@ def test_advantages():
     for row, values in zip(found.tolist(), rewards.tolist()):
         mean = sum(values) / 4
         std = (sum((r - mean) ** 2 for r in values) / 3) ** 0.5
-        assert row == pytest.approx([(r - mean) / (std + 1e-4) for r in values], rel=1e-5) and (std or row == [0.0] * 4)
+        assert row == pytest.approx([(r - mean) / (std + 1e-4) for r in values], rel=1e-5)
+        assert std or row == [0.0] * 4
 
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 2]]
 
 
 def one_step(batch_tokens, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0)):
-    """grpo_step on 3 prompts x 4 ragged responses, sampled elsewhere; the move of all parameters, and the inputs."""
+    """grpo_step on 3 prompts x 4 responses of varying length, with log-probs of another policy.
+
+    Returns the change of all parameters, the row of metrics and the inputs.
+    """
     rng = torch.Generator().manual_seed(1)
-    responses = [torch.randint(29, (int(torch.randint(1, 8, (), generator=rng)),), generator=rng).tolist() for _ in range(12)]
+    responses = []
+    for _ in range(12):
+        length = int(torch.randint(1, 8, (), generator=rng))
+        responses.append(torch.randint(29, (length,), generator=rng).tolist())
     policy, reference = tiny_qwen(tied=True), tiny_qwen(tied=True, seed=5)
     before = copy.deepcopy(policy).double()
     prompts = [p for p in PROMPTS for _ in range(4)]
@@ -74,14 +82,16 @@ def one_step(batch_tokens, optimizer=lambda parameters: torch.optim.SGD(paramete
     noise = 0.3 * torch.randn(logp.shape, generator=rng)
     old = [(logp[i] + noise[i])[mask[i]].tolist() for i in range(12)]
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
-    args = argparse.Namespace(clip=CLIP, kl_coef=KL, max_grad_norm=1e9, batch_tokens=batch_tokens)
-    row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters()), PROMPTS, responses, old, rewards, 0.8, args)
-    move = torch.cat([(a.double() - b).flatten() for a, b in zip(policy.parameters(), before.parameters())]).detach()
+    args = argparse.Namespace(kl_coef=KL, max_grad_norm=1e9, batch_tokens=batch_tokens)
+    row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters()), PROMPTS, responses, old,
+                               rewards, 0.8, args)
+    pairs = zip(policy.parameters(), before.parameters())
+    move = torch.cat([(a.double() - b).flatten() for a, b in pairs]).detach()
     return move, row, (before, reference.double(), responses, old, rewards)
 
 
 def test_step_is_the_gradient_of_the_objective():
-    """A step of SGD at rate 1 moves the parameters by the gradient of J, here token by token in float64."""
+    """One SGD step with learning rate 1 adds the gradient of J, computed here per token in float64."""
     move, row, (policy, reference, responses, old, rewards) = one_step(10**6)
     total, gap = 0, 0
     for i, response in enumerate(responses):
@@ -91,13 +101,14 @@ def test_step_is_the_gradient_of_the_objective():
             state = torch.tensor([PROMPTS[i // 4] + response[:t]])
             logp = torch.log_softmax(policy(state).logits[0, -1] / 0.8, -1)[token]
             delta = torch.log_softmax(reference(state).logits[0, -1] / 0.8, -1)[token].detach() - logp
-            ratio = (logp - logp.detach()).exp()  # one update a batch: pi_old is the policy itself, not what sampled
+            ratio = (logp - logp.detach()).exp()  # pi_old is the policy itself: one update per batch
             gain = ratio * advantage - KL * (delta.exp() - delta - 1)
             gap += abs(logp.item() - old[i][t])
             total = total + gain / len(response) / 12
     truth = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
     assert relative_error(move, truth) <= 1e-4
-    assert row["engine_gap"] == pytest.approx(gap / sum(map(len, responses)), rel=1e-4) and gap > 1
+    mean_gap = gap / sum(map(len, responses))
+    assert row["sampling_logp_difference"] == pytest.approx(mean_gap, rel=1e-4) and gap > 1
 
 
 def test_accumulation_is_the_whole_batch():
@@ -107,12 +118,17 @@ def test_accumulation_is_the_whole_batch():
 
 
 def test_logits_are_made_a_few_responses_at_a_time(monkeypatch):
-    """The step is the same where only some logits fit, and the output layer never makes more than the limit."""
+    """With a low limit on logits the step is the same, and no call of the output layer exceeds it."""
     whole, first, _ = one_step(10**6)
     made = []
     monkeypatch.setattr(train_grpo, "LOGITS", 5 * 7 * 29)  # five of the twelve responses of at most 7 tokens
     forward = torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: made.append(forward(self, x)) or made[-1])
+
+    def recorded(self, x):
+        made.append(forward(self, x))
+        return made[-1]
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", recorded)
     parts, second, _ = one_step(10**6)
     assert relative_error(parts, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
     sizes = [logits.numel() for logits in made if logits.shape[-1] == 29]
@@ -121,29 +137,32 @@ def test_logits_are_made_a_few_responses_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_armed_bandit(tmp_path, call, dtype):
-    """One prompt, two one-token answers of equal probability: GRPO must raise the expected reward from 0.5 to above 0.9."""
+    """One prompt, two equally likely one-token answers: GRPO raises the mean reward from 0.5 to over 0.9."""
     policy = tiny_qwen(tied=False, vocab=2)
     with torch.no_grad():
         policy.lm_head.weight.zero_()
-    expected_reward = lambda model: torch.softmax(model(torch.tensor([[0]])).logits[0, -1], -1)[1].item()
+    def expected_reward(model):
+        return torch.softmax(model(torch.tensor([[0]])).logits[0, -1], -1)[1].item()
+
     assert expected_reward(policy) == 0.5
     policy.save_pretrained(tmp_path / "base")
     tokenizer = Qwen2Tokenizer(vocab={"a": 0, "b": 1}, merges=[], unk_token="a", pad_token="a", eos_token="a")
     tokenizer.save_pretrained(tmp_path / "base")
-    torch.save({"prompt_tokens": torch.zeros(1, dtype=torch.int32), "prompt_offsets": torch.tensor([0, 1]),
-                "response_tokens": torch.zeros(0, dtype=torch.int32), "response_offsets": torch.tensor([0]),
+    torch.save({"prompt_tokens": torch.zeros(1, dtype=torch.int32), "prompt_lengths": torch.tensor([1]),
+                "response_tokens": torch.zeros(0, dtype=torch.int32),
+                "response_lengths": torch.zeros(0, dtype=torch.int64),
                 "logprobs": torch.zeros(0), "rewards": torch.zeros(1, 0), "answers": ["b"], "families": [""],
-                "meta": {"format": 1, "temperature": 1.0, "max_new_tokens": 1, "eos_ids": [7], "verifier": "exact"}},
-               tmp_path / "r.pt")
+                "meta": {"format": 2, "temperature": 1.0, "max_new_tokens": 1, "eos_ids": [7],
+                         "verifier": "exact"}}, tmp_path / "r.pt")
     np.save(tmp_path / "s.npy", np.array([0]))
-    code, _, err = call(train_grpo, "--model", tmp_path / "base", "--rollouts", tmp_path / "r.pt", "--select",
-                        tmp_path / "s.npy", "--out", tmp_path / "policy", "--steps", 40, "--batch-size", 4, "--lr", 1e-2,
-                        "--dtype", dtype)
+    code, _, err = call(train_grpo, "--model", tmp_path / "base", "--rollouts", tmp_path / "r.pt",
+                        "--select", tmp_path / "s.npy", "--out", tmp_path / "policy", "--steps", 40,
+                        "--batch-size", 4, "--lr", 1e-2, "--dtype", dtype)
     assert code == 0, err
     trained = train_grpo.load_policy(tmp_path / "policy", "cpu", "float32")
     assert expected_reward(trained) > 0.9
     weight = trained.lm_head.weight
-    assert (weight != weight.bfloat16().float()).any()  # the weights are float32 in mixed precision, too
+    assert (weight != weight.bfloat16().float()).any()  # mixed precision keeps float32 weights
     rows = [json.loads(line) for line in open(tmp_path / "policy/metrics.jsonl")]
     assert [row["step"] for row in rows] == list(range(41)) and rows[-1]["reward"] > rows[1]["reward"]
 
@@ -153,5 +172,5 @@ def test_each_epoch_visits_every_selected_prompt_once():
     visited = [i for step in range(10) for i in train_grpo.batch_of_step(selected, size, step, seed=2)]
     epochs = [visited[start:start + 5] for start in range(0, 40, 5)]
     assert all(sorted(epoch) == sorted(selected) for epoch in epochs) and len(set(map(tuple, epochs))) > 4
-    large = train_grpo.batch_of_step(selected, 10, 0, seed=2)  # a batch of two epochs
+    large = train_grpo.batch_of_step(selected, 10, 0, seed=2)  # a batch that spans two epochs
     assert sorted(large) == sorted(selected * 2)

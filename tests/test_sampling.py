@@ -1,4 +1,4 @@
-"""collect.py: what is sampled is beta, and what is stored is what was sampled."""
+"""collect.py samples from beta = softmax(logits / temperature) and stores exactly what it sampled."""
 
 import json
 
@@ -21,24 +21,25 @@ def draw(policy, prompts=PROMPTS, k=6, temperature=1.0, length=12, eos=(1,), see
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_ratio_is_one_at_the_behaviour_policy(tmp_path, temperature):
-    """Through a checkpoint whose generation_config.json would truncate and penalise, if anything were taken from it."""
+    """The ratio is 1 although generation_config.json asks for top-k and a repetition penalty."""
     tiny_qwen(tied=True).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(
         {"eos_token_id": 1, "do_sample": True, "top_k": 20, "repetition_penalty": 1.05, "temperature": 0.7}))
     policy = collect.load_policy(tmp_path, "cpu", "float32")
     responses, logprobs = draw(policy, temperature=temperature)
     prompts = [p for p in PROMPTS for _ in range(6)]
+    drawn = torch.tensor([x for row in logprobs for x in row])
     for hidden_of, its_prompts in ((sketch.group_hidden, PROMPTS), (train_grpo.response_hidden, prompts)):
         hidden, targets, mask = hidden_of(policy, its_prompts, responses)
         logp = sketch.token_logprobs(policy, hidden, targets, mask, temperature)
         assert mask.sum() == sum(map(len, responses)) > 100
-        beta = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for row in logprobs for x in row]))
+        beta = torch.zeros_like(logp).masked_scatter_(mask, drawn)
         assert (sketch.token_ratio(logp, beta)[mask] - 1).abs().max() <= 1e-4
-    assert len({token for row in responses for token in row}) > 20  # top_k = 20 would allow fewer at each place
+    assert len({token for row in responses for token in row}) > 20  # top_k = 20 allows fewer per position
 
 
 def test_samples_follow_the_softmax():
-    """First tokens of 20000 responses against softmax(logits / T), by Pearson's chi-squared statistic."""
+    """First tokens of 20000 responses against softmax(logits / T), by Pearson's chi-squared test."""
     policy, n, temperature = tiny_qwen(tied=False), 20000, 0.8
     responses, _ = draw(policy, prompts=[[5, 6, 7]], k=n, temperature=temperature, length=1)
     expected = n * torch.softmax(policy(torch.tensor([[5, 6, 7]])).logits[0, -1] / temperature, -1)
@@ -50,12 +51,12 @@ def test_samples_follow_the_softmax():
 def test_end_tokens_and_cuts():
     responses, logprobs = draw(tiny_qwen(tied=True), eos=(1, 3))
     ended = [r for r in responses if r[-1] in (1, 3)]
-    cut = [r for r in responses if r[-1] not in (1, 3)]
-    assert ended and cut
-    assert all(len(r) == 12 for r in cut)  # only the limit cuts
+    truncated = [r for r in responses if r[-1] not in (1, 3)]
+    assert ended and truncated
+    assert all(len(r) == 12 for r in truncated)  # only the length limit truncates
     assert all(token not in (1, 3) for r in responses for token in r[:-1])  # nothing after an end token
     assert [len(r) for r in responses] == [len(r) for r in logprobs]
-    assert any(0 in r[:-1] for r in responses)  # the pad id inside a response is a token like others
+    assert any(0 in r[:-1] for r in responses)  # inside a response the pad id is an ordinary token
 
 
 def test_responses_do_not_depend_on_their_batch():
@@ -76,10 +77,11 @@ def test_greedy_is_the_argmax_of_a_pass_without_cache():
 
 def test_file_holds_what_was_sampled(world, tmp_path, call):
     out = tmp_path / "r.pt"
-    code, stdout, _ = call(collect, "--model", world / "base", "--data", world / "train.jsonl", "--out", out, "--k", 6,
-                           "--verifier", "exact", "--max-new-tokens", 5, "--limit", 30)
+    code, stdout, _ = call(collect, "--model", world / "base", "--data", world / "train.jsonl", "--out", out,
+                           "--k", 6, "--verifier", "exact", "--max-new-tokens", 5, "--limit", 30)
     assert code == 0 and "30 prompts x 6" in stdout
-    rollouts, rows = torch.load(out, weights_only=True), [json.loads(line) for line in open(world / "train.jsonl")][:30]
+    rollouts = torch.load(out, weights_only=True)
+    rows = [json.loads(line) for line in open(world / "train.jsonl")][:30]
     tokenizer = collect.load_tokenizer(world / "base")
     loaded = sketch.load_rollouts(out)
     truncated = 0
@@ -94,8 +96,9 @@ def test_file_holds_what_was_sampled(world, tmp_path, call):
             assert rollouts["rewards"][i, j] == (text == row["answer"])
     assert 0 < truncated < 180 and rollouts["logprobs"].max() <= 0
     dtypes = {name: value.dtype for name, value in rollouts.items() if torch.is_tensor(value)}
-    assert dtypes == {"prompt_tokens": torch.int32, "prompt_offsets": torch.int64, "response_tokens": torch.int32,
-                      "response_offsets": torch.int64, "logprobs": torch.float32, "rewards": torch.float32}
+    assert dtypes == {"prompt_tokens": torch.int32, "prompt_lengths": torch.int64,
+                      "response_tokens": torch.int32, "response_lengths": torch.int64,
+                      "logprobs": torch.float32, "rewards": torch.float32}
 
 
 def test_chat_template_and_instruction(world):
@@ -110,7 +113,7 @@ def test_chat_template_and_instruction(world):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_local_data(kind, tmp_path):
-    """GSM8K's columns, and a prompt of chat messages, from both kinds of local file."""
+    """Reads GSM8K's columns, and a prompt of chat messages, from both kinds of local file."""
     chat = [{"role": "user", "content": "2+2="}]
     rows = [{"question": "1+1=", "answer": "one and one #### 2", "chat": chat},
             {"question": "3+3=", "answer": "#### 6", "chat": chat}]
@@ -123,37 +126,44 @@ def test_local_data(kind, tmp_path):
     assert load(path, ["chat"], ["answer"], "question", 1) == [(chat, "one and one #### 2", "1+1=")]
 
 
-SCHEMAS = {  # columns of the hub's data sets, and the reward of a right and of a wrong response to their first row
-    "openai/gsm8k": {"question": "Tom has 3 apples and buys 4. How many?", "answer": "3+4=<<3+4=7>>7 apples.\n#### 7"},
+SCHEMAS = {  # a row with the columns of each hub data set
+    "openai/gsm8k": {"question": "Tom has 3 apples and buys 4. How many?",
+                     "answer": "3+4=<<3+4=7>>7 apples.\n#### 7"},
     "EleutherAI/hendrycks_math": {"problem": "What is $3+4$?", "level": "Level 1", "type": "Algebra",
                                   "solution": "We add $3$ and $4$: $\\boxed{7}$."},
-    "HuggingFaceH4/MATH-500": {"problem": "What is $3+4$?", "solution": "We add: $\\boxed{7}$.", "answer": "7",
-                               "subject": "Algebra", "level": 1, "unique_id": "test/algebra/1.json"},
-    "agentica-org/DeepScaleR-Preview-Dataset": {"problem": "What is $3+4$?", "answer": "7", "solution": "We add."}}
+    "HuggingFaceH4/MATH-500": {"problem": "What is $3+4$?", "solution": "We add: $\\boxed{7}$.",
+                               "answer": "7", "subject": "Algebra", "level": 1,
+                               "unique_id": "test/algebra/1.json"},
+    "agentica-org/DeepScaleR-Preview-Dataset": {"problem": "What is $3+4$?", "answer": "7",
+                                                "solution": "We add."}}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_columns_of_hub_data_sets_are_found(name, tmp_path):
     path = str(tmp_path / "data.parquet")
     datasets.Dataset.from_list([SCHEMAS[name]] * 3).to_parquet(path)
-    examples = collect.load_examples(path, ["prompt", "question", "problem"], ["answer", "solution"], "family", 2)
+    examples = collect.load_examples(path, ["prompt", "question", "problem"], ["answer", "solution"],
+                                     "family", 2)
     assert len(examples) == 2
     prompt, answer, _ = examples[0]
     assert prompt == SCHEMAS[name].get("problem", SCHEMAS[name].get("question"))
-    assert collect.verify("I add. \\boxed{7}", answer, "math") == 1 and collect.verify("\\boxed{3}", answer, "math") == 0
+    assert collect.verify("I add. \\boxed{7}", answer, "math") == 1
+    assert collect.verify("\\boxed{3}", answer, "math") == 0
 
 
 def test_a_pool_of_several_data_sets_and_several_files_at_once(world, tmp_path, call):
-    """One --out: a pool, its families the column's or the data set's name. As many as --data: each its own."""
+    """One --out holds all data (family: the column, else the data set's name); or one --out per --data."""
     lines = (world / "train.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     sources = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
     sources[0].write_text("\n".join(lines[:3]))
     sources[1].write_text(json.dumps({"problem": row["prompt"], "solution": row["answer"]}))
-    arguments = ["--model", world / "base", "--k", 2, "--verifier", "exact", "--max-new-tokens", 4, "--data", *sources, "--out"]
+    arguments = ["--model", world / "base", "--k", 2, "--verifier", "exact", "--max-new-tokens", 4,
+                 "--data", *sources, "--out"]
     assert call(collect, *arguments, tmp_path / "pool.pt")[0] == 0
     assert call(collect, *arguments, tmp_path / "one.pt", tmp_path / "two.pt")[0] == 0
-    pool, one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("pool", "one", "two"))
+    pool, one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
+                      for name in ("pool", "one", "two"))
     assert pool["families"] == [row["family"]] * 3 + [str(sources[1])] and two["families"] == [""]
     assert pool["answers"] == one["answers"] + two["answers"] and len(one["answers"]) == 3
     assert pool["response_tokens"][:len(one["response_tokens"])].tolist() == one["response_tokens"].tolist()
@@ -161,10 +171,12 @@ def test_a_pool_of_several_data_sets_and_several_files_at_once(world, tmp_path, 
 
 
 @pytest.mark.parametrize("response, answer, verifier, reward", [
-    ("632", "632", "exact", 1), (" 632\n", "632", "exact", 1), ("6320", "632", "exact", 0), ("", "632", "exact", 0),
-    ("so \\boxed{cab}", "cab", "exact", 1), ("\\boxed{abc} no, \\boxed{cab}", "abc", "exact", 0),
+    ("632", "632", "exact", 1), (" 632\n", "632", "exact", 1), ("6320", "632", "exact", 0),
+    ("", "632", "exact", 0), ("so \\boxed{cab}", "cab", "exact", 1),
+    ("\\boxed{abc} no, \\boxed{cab}", "abc", "exact", 0),
     ("The answer is 72.", "48/2 = 24 ... #### 72", "math", 1), ("#### 1,234", "#### 1234", "math", 1),
     ("\\boxed{\\frac{1}{2}}", "0.5", "math", 1), ("\\boxed{0.25}", "\\frac14", "math", 1),
-    ("I think \\boxed{7}", "so \\boxed{8}", "math", 0), ("no idea", "3", "math", 0), ("72 or 73", "72", "math", 0)])
+    ("I think \\boxed{7}", "so \\boxed{8}", "math", 0), ("no idea", "3", "math", 0),
+    ("72 or 73", "72", "math", 0)])
 def test_verifier(response, answer, verifier, reward):
     assert collect.verify(response, answer, verifier) == reward

@@ -1,4 +1,4 @@
-"""score.py against brute force by hand."""
+"""score.py against brute-force computations in plain Python."""
 
 import json
 import math
@@ -13,8 +13,8 @@ import score
 
 def write_sketch(path, array, **changes):
     np.save(path, np.asarray(array, dtype=np.float32))
-    sidecar = {"format": 1, "policy": "p", "seed": 0, "keep": 0.1, "dim": array.shape[1], "projection": "sjlt",
-               "drop": "coordinates", "prompts": len(array)}
+    sidecar = {"format": 2, "policy": "p", "seed": 0, "keep": 0.1, "dim": array.shape[1],
+               "prompts": len(array)}
     path.with_suffix(".json").write_text(json.dumps({**sidecar, **changes}))
     return path
 
@@ -35,19 +35,19 @@ def test_popi_is_the_cosine_with_the_mean_gradient():
 @pytest.mark.parametrize("c", [0.0, 60.0])
 def test_fusion_counts_each_sets_own_top_n(c):
     scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.9], [0.1, 0.8], [0.0, 0.7], [-math.inf, -math.inf]])
-    # ranks in column 0: 0 1 2 | 3 4;  in column 1: 2 3 4 | 1 0
+    # order of the prompts, top 3 first: column 0: 0 1 2 | 3 4; column 1: 2 3 4 | 1 0
     expected = [1 / (c + 1), 1 / (c + 2), 1 / (c + 3) + 1 / (c + 1), 1 / (c + 2), 1 / (c + 3), 0]
     assert score.reciprocal_rank_fusion(scores, 3, c).tolist() == pytest.approx(expected)
 
 
 def test_ties_go_by_index():
     scores = np.array([[0.5, 0.5, 0.1], [0.5, 0.1, 0.5], [0.1, 0.5, 0.5]])
-    # column 0 ranks 0 1 2, column 1 ranks 0 2 1, column 2 ranks 1 2 0: one term each of 1, 1/2 and 1/3 in several orders
+    # order of the prompts: column 0: 0 1 2; column 1: 0 2 1; column 2: 1 2 0
     fused = score.reciprocal_rank_fusion(scores, 3)
     assert fused.tolist() == pytest.approx([1 + 1 + 1 / 3, 1 / 2 + 1 / 3 + 1, 1 / 3 + 1 / 2 + 1 / 2])
-    square = np.array([[float((i + v) % 7) for v in range(7)] for i in range(7)])  # every prompt has every rank once
+    square = (np.arange(7.0)[:, None] + np.arange(7)) % 7  # every prompt has every rank once
     rotated = score.reciprocal_rank_fusion(square, 7)
-    assert len(set(rotated)) == 1  # though 1 + 1/2 + .. + 1/7 is added up in seven orders
+    assert len(set(rotated)) == 1  # although 1 + 1/2 + .. + 1/7 is summed in seven orders
     assert score.select(rotated, 2).tolist() == [0, 1]
 
 
@@ -56,22 +56,24 @@ def test_never_ranked_without_a_gradient():
     assert score.select(score.reciprocal_rank_fusion(scores, 3), 3).tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("alpha, n, expected", [("0.1", 360, 36), ("0.29", 100, 29), ("0.1", 19, 1), ("1", 7, 7),
-                                                ("0.07", 100, 7), ("0.1", 9, 0), ("1/3", 9, 3)])
+@pytest.mark.parametrize("alpha, n, expected", [("0.1", 360, 36), ("0.29", 100, 29), ("0.1", 19, 1),
+                                                ("1", 7, 7), ("0.07", 100, 7), ("0.1", 9, 0), ("1/3", 9, 3)])
 def test_selection_size_is_the_exact_floor(alpha, n, expected):
     assert score.selection_size(Fraction(alpha), n) == expected
 
 
 def test_whole_stage_against_brute_force(tmp_path, call):
-    """1100 prompts (three blocks of rows), two validation sets, ties and zero rows, by plain Python."""
+    """1100 prompts (three blocks of rows), two validation sets, ties and zero rows, in plain Python."""
     rng = np.random.default_rng(1)
     train = rng.integers(-2, 3, size=(1100, 4)).astype(np.float32)  # few values: many exact ties
     train[::7] = 0
     vals = [rng.integers(-2, 3, size=(n, 4)).astype(np.float32) for n in (20, 600)]
     paths = [write_sketch(tmp_path / f"{name}.npy", array) for name, array in zip("tab", [train, *vals])]
-    code, stdout, _ = call(score, "--train", paths[0], "--val", *paths[1:], "--out", tmp_path / "s.npy", "--alpha", "0.05")
+    code, stdout, _ = call(score, "--train", paths[0], "--val", *paths[1:], "--out", tmp_path / "s.npy",
+                           "--alpha", "0.05")
     scores, selected = np.load(tmp_path / "scores.npy"), np.load(tmp_path / "s.npy")
-    assert code == 0 and selected.dtype == np.int64 and scores.dtype == np.float32 and scores.shape == (1100, 2)
+    assert code == 0 and selected.dtype == np.int64
+    assert scores.dtype == np.float32 and scores.shape == (1100, 2)
     fused = [0.0] * 1100
     for v, val in enumerate(vals):
         mean = val.astype(np.float64).mean(0)
@@ -88,36 +90,42 @@ def test_whole_stage_against_brute_force(tmp_path, call):
 def rollouts_with_rewards(path, rewards):
     rewards = torch.tensor(rewards, dtype=torch.float32)
     n, k = rewards.shape
-    torch.save({"prompt_tokens": torch.ones(n, dtype=torch.int32), "prompt_offsets": torch.arange(n + 1),
-                "response_tokens": torch.ones(n * k, dtype=torch.int32), "response_offsets": torch.arange(n * k + 1),
-                "logprobs": torch.zeros(n * k), "rewards": rewards, "answers": ["1"] * n, "families": [""] * n,
-                "meta": {"format": 1, "temperature": 1.0, "k": k, "eos_ids": [1], "max_new_tokens": 4,
+    torch.save({"prompt_tokens": torch.ones(n, dtype=torch.int32), "prompt_lengths": torch.ones(n).long(),
+                "response_tokens": torch.ones(n * k, dtype=torch.int32),
+                "response_lengths": torch.ones(n * k).long(), "logprobs": torch.zeros(n * k),
+                "rewards": rewards, "answers": ["1"] * n, "families": [""] * n,
+                "meta": {"format": 2, "temperature": 1.0, "k": k, "eos_ids": [1], "max_new_tokens": 4,
                          "verifier": "exact"}}, path)
     return path
 
 
 def test_baselines(tmp_path, call):
-    counts = [0, 8, 4, 4, 1, 7, 3, 0, 8, 5] * 2  # right responses of 8, for 20 prompts
+    counts = [0, 8, 4, 4, 1, 7, 3, 0, 8, 5] * 2  # correct responses out of 8, for 20 prompts
     rollouts = rollouts_with_rewards(tmp_path / "r.pt", [[1] * c + [0] * (8 - c) for c in counts])
 
     def selected(method, alpha, seed):
-        assert call(score, "--method", method, "--rollouts", rollouts, "--alpha", alpha, "--seed", seed, "--out",
-                    tmp_path / "s.npy")[0] == 0
+        assert call(score, "--method", method, "--rollouts", rollouts, "--alpha", alpha, "--seed", seed,
+                    "--out", tmp_path / "s.npy")[0] == 0
         return np.load(tmp_path / "s.npy").tolist()
 
     assert selected("full", "0.1", 0) == list(range(20))
-    assert len(set(selected("random", "0.5", 0))) == 10 and selected("random", "0.5", 0) != selected("random", "0.5", 1)
+    assert len(set(selected("random", "0.5", 0))) == 10
+    assert selected("random", "0.5", 0) != selected("random", "0.5", 1)
     live = [i for i in range(20) if 0 < counts[i] < 8]
-    assert sorted(selected("passrate", "0.7", 0)) == live  # 14 are asked for, all 12 live ones come
+    assert sorted(selected("passrate", "0.7", 0)) == live  # 14 requested, 12 with reward variance
     assert set(selected("passrate", "0.2", 3)) < set(live)
     learnable = selected("learnability", "0.3", 0)
-    assert sorted(learnable[:4]) == [2, 3, 12, 13] and set(learnable[4:]) < {6, 9, 16, 19}  # p = 1/2, then 3/8 and 5/8
-    assert {tuple(selected("learnability", "0.1", seed)) for seed in range(8)} > {tuple(learnable[:2])}  # ties at random
+    assert sorted(learnable[:4]) == [2, 3, 12, 13]  # p = 1/2
+    assert set(learnable[4:]) < {6, 9, 16, 19}  # p = 3/8 or 5/8
+    pairs = {tuple(selected("learnability", "0.1", seed)) for seed in range(8)}
+    assert pairs > {tuple(learnable[:2])}  # ties are broken at random
     assert sorted(selected("learnability", "1", 0)) == live  # p (1 - p) = 0 is never selected
 
 
 def test_short_selection_says_so(tmp_path, call):
     train = write_sketch(tmp_path / "t.npy", np.vstack([np.zeros((8, 3)), np.eye(3)[:2]]))
     val = write_sketch(tmp_path / "v.npy", np.ones((2, 3)))
-    code, stdout, _ = call(score, "--train", train, "--val", val, "--out", tmp_path / "s.npy", "--alpha", "0.5")
-    assert code == 0 and np.load(tmp_path / "s.npy").tolist() == [8, 9] and "fewer than floor(alpha N) = 5" in stdout
+    code, stdout, _ = call(score, "--train", train, "--val", val, "--out", tmp_path / "s.npy",
+                           "--alpha", "0.5")
+    assert code == 0 and np.load(tmp_path / "s.npy").tolist() == [8, 9]
+    assert "fewer than floor(alpha N) = 5" in stdout

@@ -1,54 +1,62 @@
-"""The verifier against hand labels: what a person would call right is 1, all else 0, whatever the response holds."""
+"""The math verifier against hand labels: 1 for a correct response, 0 for any other, without side effects."""
 
 import os
 
-import collect
 import pytest
+
+import collect
 
 PAIRS = [  # response, gold answer, label
     # fractions and decimals
-    (r"\boxed{\frac{3}{4}}", "3/4", 1), (r"\boxed{0.75}", r"\frac{3}{4}", 1), (r"\boxed{\dfrac{6}{8}}", r"\frac34", 1),
-    (r"\boxed{\tfrac{3}{5}}", r"\frac{3}{4}", 0), (r"\boxed{-\frac{1}{2}}", "-0.5", 1), (r"\boxed{\frac12}", r"-\frac12", 0),
+    (r"\boxed{\frac{3}{4}}", "3/4", 1), (r"\boxed{0.75}", r"\frac{3}{4}", 1),
+    (r"\boxed{\dfrac{6}{8}}", r"\frac34", 1), (r"\boxed{\tfrac{3}{5}}", r"\frac{3}{4}", 0),
+    (r"\boxed{-\frac{1}{2}}", "-0.5", 1), (r"\boxed{\frac12}", r"-\frac12", 0),
     (r"\boxed{1\frac{1}{2}}", r"\frac32", 1), (r"\boxed{3.0}", "3", 1), (r"\boxed{3.14}", r"\pi", 0),
     # large numbers
     (r"\boxed{1,234,567}", "1234567", 1), (r"\boxed{1{,}234}", "1234", 1), (r"\boxed{1,234}", "1235", 0),
     # percentages
-    (r"\boxed{50\%}", r"50\%", 1), (r"\boxed{50}", r"50\%", 1), (r"\boxed{50\%}", "50", 1), (r"\boxed{5\%}", r"50\%", 0),
+    (r"\boxed{50\%}", r"50\%", 1), (r"\boxed{50}", r"50\%", 1), (r"\boxed{50\%}", "50", 1),
+    (r"\boxed{5\%}", r"50\%", 0),
     # units
     (r"\boxed{12\text{ cm}}", "12", 1), (r"\boxed{12\,\mathrm{cm}^2}", "12", 1), (r"\boxed{\$18}", "18", 1),
-    (r"\boxed{18 \text{ dollars}}", "18", 1), (r"\boxed{90^\circ}", "90", 1), (r"\boxed{19\text{ cm}}", r"12\text{ cm}", 0),
+    (r"\boxed{18 \text{ dollars}}", "18", 1), (r"\boxed{90^\circ}", "90", 1),
+    (r"\boxed{19\text{ cm}}", r"12\text{ cm}", 0),
     # sets, lists, pairs
-    (r"\boxed{\{1,2,3\}}", r"\{3,2,1\}", 1), (r"\boxed{\{1,2\}}", r"\{1,2,3\}", 0), (r"\boxed{-1, 2}", "2,-1", 1),
-    (r"\boxed{(1,2)}", "(1,2)", 1), (r"\boxed{(1,2)}", "(2,1)", 0),
+    (r"\boxed{\{1,2,3\}}", r"\{3,2,1\}", 1), (r"\boxed{\{1,2\}}", r"\{1,2,3\}", 0),
+    (r"\boxed{-1, 2}", "2,-1", 1), (r"\boxed{(1,2)}", "(1,2)", 1), (r"\boxed{(1,2)}", "(2,1)", 0),
     # intervals
-    (r"\boxed{(0,1]}", "(0,1]", 1), (r"\boxed{[0,1]}", "(0,1]", 0), (r"\boxed{(-\infty, 2)}", r"(-\infty,2)", 1),
+    (r"\boxed{(0,1]}", "(0,1]", 1), (r"\boxed{[0,1]}", "(0,1]", 0),
+    (r"\boxed{(-\infty, 2)}", r"(-\infty,2)", 1),
     (r"\boxed{(-\infty,0)\cup(1,\infty)}", r"(-\infty,0)\cup(1,\infty)", 1),
     (r"\boxed{(-\infty,0)\cup(1,\infty)}", r"(-\infty,0)", 0),
     # nested braces, expressions, matrices
     (r"\boxed{\frac{\sqrt{2}}{2}}", r"\frac{1}{\sqrt{2}}", 1), (r"\boxed{\sqrt{\frac{4}{9}}}", r"\frac23", 1),
-    (r"\boxed{2^{2^{3}}}", "256", 1), (r"\boxed{{7}}", "7", 1), (r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt{2}}{2}", 0),
-    (r"\boxed{2\sqrt{3}}", r"\sqrt{12}", 1), (r"\boxed{\pi/2}", r"\frac{\pi}{2}", 1), (r"\boxed{x^2+2x+1}", "(x+1)^2", 1),
-    (r"\boxed{x=3}", "3", 1), (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", 1),
+    (r"\boxed{2^{2^{3}}}", "256", 1), (r"\boxed{{7}}", "7", 1),
+    (r"\boxed{\frac{\sqrt{3}}{2}}", r"\frac{\sqrt{2}}{2}", 0), (r"\boxed{2\sqrt{3}}", r"\sqrt{12}", 1),
+    (r"\boxed{\pi/2}", r"\frac{\pi}{2}", 1), (r"\boxed{x^2+2x+1}", "(x+1)^2", 1), (r"\boxed{x=3}", "3", 1),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", 1),
     (r"\boxed{\begin{pmatrix}2\\1\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", 0),
     # words
     (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", 1), (r"\boxed{\text{Carla}}", r"\text{Evelyn}", 0),
     (r"\boxed{\text{B}}", "B", 1), (r"\boxed{\text{even}}", r"\text{odd}", 0),
-    # several boxes: the last counts
+    # several boxes: only the last one counts
     (r"First \boxed{3}, then \boxed{4}.", "4", 1), (r"First \boxed{3}, then \boxed{4}.", "3", 0),
     # no box
-    ("The answer is 42.", "42", 1), ("Therefore x = 5", "5", 1), (r"The final answer is $\frac{2}{3}$.", "2/3", 1),
-    ("He pays $18.", "#### 18", 1), ("#### 72", "72", 1), ("The answer is 41.", "42", 0),
+    ("The answer is 42.", "42", 1), ("Therefore x = 5", "5", 1),
+    (r"The final answer is $\frac{2}{3}$.", "2/3", 1), ("He pays $18.", "#### 18", 1), ("#### 72", "72", 1),
+    ("The answer is 41.", "42", 0),
     # whole solutions as gold answers: GSM8K's and MATH's
-    (r"\boxed{15}", "He has 5*3=<<5*3=15>>15.\n#### 15", 1), (r"\boxed{5}", "He has 5*3=<<5*3=15>>15.\n#### 15", 0),
+    (r"\boxed{15}", "He has 5*3=<<5*3=15>>15.\n#### 15", 1),
+    (r"\boxed{5}", "He has 5*3=<<5*3=15>>15.\n#### 15", 0),
     (r"\boxed{0.5}", r"We have $x = 2$ and so $y = \boxed{\frac{1}{2}}$.", 1),
     (r"\boxed{2}", r"We have $x = 2$ and so $y = \boxed{\frac{1}{2}}$.", 0),
     # garbage
-    ("", "3", 0), ("I do not know.", "3", 0), (r"\boxed{}", "3", 0), (r"\boxed{", "3", 0), (r"}}}\boxed\frac{{{", "3", 0),
-    ("\x00\ufffd\u202e", "3", 0), (r"\boxed{???}", "3", 0), ("3", "", 0),
+    ("", "3", 0), ("I do not know.", "3", 0), (r"\boxed{}", "3", 0), (r"\boxed{", "3", 0),
+    (r"}}}\boxed\frac{{{", "3", 0), ("\x00\ufffd\u202e", "3", 0), (r"\boxed{???}", "3", 0), ("3", "", 0),
     # ten thousand characters
     ("We go on. " * 1000 + r"\boxed{17}", "17", 1), ("1 " * 5000, "17", 0), ("(" * 10000, "17", 0),
     (r"\boxed{" * 1500, "17", 0), (r"\frac{1}{" * 1200 + "2" + "}" * 1200, "17", 0),
-    # hostile
+    # malicious or very expensive input
     (r"\boxed{9^{9^{9^{9}}}}", "9", 0), (r"\boxed{10^{100000000}}", "1", 0), (r"\boxed{1000000!}", "1", 0),
     (r"\boxed{\input{/etc/passwd}}", "1", 0), (r"\boxed{__import__('os').mkdir('broken-in')}", "1", 0),
     (r"\def\a{\a\a}\boxed{\a}", "1", 0), (r"\boxed{\frac{1}{0}}", "0", 0)]

@@ -1,6 +1,6 @@
-"""ENGINE=vllm: vLLM samples from the very policy that is trained, before the first update and after each one.
+"""ENGINE=vllm: vLLM samples from the current policy, before the first update and after each one.
 
-Where vLLM is not installed tests/vllm.sh makes an environment with its CPU build for these tests.
+If vLLM is not installed, tests/vllm.sh creates an environment with its CPU build for these tests.
 """
 
 import json
@@ -14,16 +14,16 @@ from conftest import ROOT, run_loop, tiny_qwen
 import train_grpo
 
 pytest.importorskip("vllm")
-K = "24"  # 24 x 120 = 2880 responses of each engine
+K = "24"  # 24 x 120 = 2880 responses per engine
 
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory):
-    """{engine: folder of one phase of the whole loop}."""
+    """{engine: folder RUN of one phase of the whole loop}."""
     folder = tmp_path_factory.mktemp("engines")
     for engine in ("hf", "vllm"):
-        run_loop(folder / engine, world, ENGINE=engine, BASELINE="", PHASES="1", STEPS="4", K=K, MAX_NEW_TOKENS="5",
-                 VAL=f"dbl={world}/val_dbl.jsonl")
+        run_loop(folder / engine, world, ENGINE=engine, BASELINE="", PHASES="1", STEPS="4", K=K,
+                 MAX_NEW_TOKENS="5", VAL=f"dbl={world}/val_dbl.jsonl")
     return {engine: folder / engine for engine in ("hf", "vllm")}
 
 
@@ -33,32 +33,33 @@ def rollouts(runs):
 
 
 def test_every_ratio_is_one_at_the_base_policy(rollouts, world):
-    """The engine's log-probs are those of the trainer, temperature included: log rho = 0 to float error."""
+    """The engine's log-probs equal the trainer's, temperature included: log rho = 0 to float error."""
     ours, k = rollouts["vllm"], int(K)
     policy = train_grpo.load_policy(world / "base", "cpu", "float32")
     prompts = [prompt for prompt in ours["prompts"] for _ in range(k)]
-    logp, mask = train_grpo.response_logprobs(policy, prompts, list(ours["responses"]), ours["meta"]["temperature"])
+    logp, mask = train_grpo.response_logprobs(policy, prompts, list(ours["responses"]),
+                                              ours["meta"]["temperature"])
     assert (logp[mask] - torch.cat(list(ours["logprobs"]))).abs().max() < 1e-4
 
 
 def test_prompts_and_end_tokens_are_the_same(rollouts):
-    for name in ("prompt_tokens", "prompt_offsets"):
+    for name in ("prompt_tokens", "prompt_lengths"):
         assert torch.equal(rollouts["hf"][name], rollouts["vllm"][name])
     for found in rollouts.values():
-        ends, limit, cut = set(found["meta"]["eos_ids"]), found["meta"]["max_new_tokens"], 0
+        ends, limit, truncated = set(found["meta"]["eos_ids"]), found["meta"]["max_new_tokens"], 0
         for response in found["responses"]:
             assert not ends & set(response[:-1].tolist()) and len(response) <= limit
-            cut += int(response[-1]) not in ends
+            truncated += int(response[-1]) not in ends
             assert int(response[-1]) in ends or len(response) == limit
-        assert 0 < cut < len(found["responses"])
+        assert 0 < truncated < len(found["responses"])
 
 
 @pytest.mark.parametrize("what", ["reward", "length", "log-prob"])
 def test_engines_sample_the_same_distribution(rollouts, what):
-    """Means over 2880 responses, prompt by prompt: their difference is within four of its standard errors."""
+    """The difference of the means over 2880 responses, summed per prompt, is within four standard errors."""
     values = {}
     for engine, found in rollouts.items():
-        of_each = {"reward": found["rewards"].flatten(), "length": found["response_offsets"].diff(),
+        of_each = {"reward": found["rewards"].flatten(), "length": found["response_lengths"],
                    "log-prob": torch.stack([logp.sum() for logp in found["logprobs"]])}[what]
         values[engine] = of_each.double().view(-1, int(K))  # [N, K]
     one, other = values["hf"], values["vllm"]
@@ -71,17 +72,18 @@ def steps_of(policy):
 
 
 def test_engine_follows_each_update(runs):
-    """The trainer's log-probs of what the engine samples are the engine's own after three updates that moved the policy."""
+    """Trainer's and engine's log-probs of the samples agree after three updates that moved the policy."""
     steps = steps_of(runs["vllm"] / "cropi/phase-0/policy")
-    assert len(steps) == 4 and all(step["engine_gap"] < 1e-5 for step in steps)
-    assert all(step["kl"] > 1e-4 for step in steps[1:])  # a stale engine's gap would be about sqrt(2 kl)
+    assert len(steps) == 4 and all(step["sampling_logp_difference"] < 1e-5 for step in steps)
+    assert all(step["kl"] > 1e-4 for step in steps[1:])  # stale weights would give a gap of about sqrt(2 kl)
 
 
 def test_two_processes_train_the_same(runs, world, tmp_path):
-    """Two engines, weights sharded by FSDP2: the numbers of one process to float error."""
+    """Two engines with weights sharded by FSDP2 give the metrics of one rank to float error."""
     settings = json.loads((runs["vllm"] / "cropi/phase-0/policy/args.json").read_text())
     arguments = []
-    for name in ("model", "ref", "rollouts", "select", "steps", "batch_size", "group", "lr", "engine", "eval_every"):
+    for name in ("model", "ref", "rollouts", "select", "steps", "batch_size", "group", "lr", "engine",
+                 "eval_every"):
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                     ROOT / "train_grpo.py", *arguments, "--out", tmp_path / "two"], check=True)
@@ -91,17 +93,22 @@ def test_two_processes_train_the_same(runs, world, tmp_path):
 
 
 def test_weights_and_cached_prefixes_are_replaced(tmp_path):
-    """In one engine, long prompts (whole blocks of the cache) again and again while the weights change, tied ones too."""
-    policy = tiny_qwen(tied=True, hidden_size=64, num_key_value_heads=1, num_attention_heads=2, max_position_embeddings=512)
+    """One engine samples the same long prompts (whole cache blocks) while the weights, some tied, change."""
+    policy = tiny_qwen(tied=True, hidden_size=64, num_key_value_heads=1, num_attention_heads=2,
+                       max_position_embeddings=512)
     policy.save_pretrained(tmp_path)
     llm = train_grpo.load_vllm(str(tmp_path), "float32", 4096, 512)
-    prompts = [torch.randint(2, 29, (400,), generator=torch.Generator().manual_seed(i)).tolist() for i in (0, 1)]
+    seeded = [torch.Generator().manual_seed(i) for i in (0, 1)]
+    prompts = [torch.randint(2, 29, (400,), generator=rng).tolist() for rng in seeded]
+    repeated = [p for p in prompts for _ in range(8)]
     for update in range(4):
         drawn, logprobs = train_grpo.sample_vllm(llm, prompts, 8, 0.7, 20, [1], [update, 99])
-        logp, mask = train_grpo.response_logprobs(policy, [p for p in prompts for _ in range(8)], drawn, 0.7)
-        found = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for row in logprobs for x in row]))
+        logp, mask = train_grpo.response_logprobs(policy, repeated, drawn, 0.7)
+        flat = torch.tensor([x for row in logprobs for x in row])
+        found = torch.zeros_like(logp).masked_scatter_(mask, flat)
         assert len(drawn) == 16 and (logp - found).abs().max() < 1e-3
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        train_grpo.update_vllm(llm, ((name, parameter.detach()) for name, parameter in policy.named_parameters()))
+        weights = ((name, parameter.detach()) for name, parameter in policy.named_parameters())
+        train_grpo.update_vllm(llm, weights)

@@ -1,16 +1,16 @@
-"""The embedded default: a small world in which the whole of CROPI runs on a laptop CPU.
+"""Makes the toy world, the default model and data: small enough to run all of CROPI on a laptop CPU.
 
-Writes, into one folder,
+Writes into one folder
 
     train.jsonl                      12 families, 2400 prompts: the pool that CROPI selects from
     val_sort.jsonl, val_dbl.jsonl    the two targeted validation sets, 100 prompts each
     test_targeted.jsonl              sort and dbl, 200 prompts each
     test_untargeted.jsonl            the other ten families, 40 prompts each
-    base/                            the base policy: a Qwen2 of 1M parameters with its tokenizer, a Hugging Face checkpoint
+    base/                            the base policy: a Hugging Face checkpoint of a Qwen2 of 1M parameters
 
-No prompt stands in two of the files, and none of them was seen in the base policy's training. A line of data is
-{"prompt": "47+85=", "answer": "132", "family": "add"}. How the families, the skill of the base policy and the settings
-of the run were chosen is told in toy/README.md.
+The files are pairwise disjoint, and the base policy was trained on none of their prompts. A line of data is
+{"prompt": "47+85=", "answer": "132", "family": "add"}. toy/README.md explains how the families, the skill of
+the base policy and the settings of the run were chosen.
 
     python toy/make_toy.py --out runs/toy-world
 """
@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 LETTERS = "abcdefgh"
 TARGETED = ("sort", "dbl")  # the families of the validation sets
-MISTAKES = 0.5  # share of the base policy's training answers that make the family's mistake
+MISTAKES = 0.5  # share of the base policy's training answers that show the family's typical mistake
 SFT_STEPS, SFT_BATCH, SFT_LR = 800, 96, 1e-3
 
 
@@ -37,7 +37,7 @@ def letters(rng, n):
     return "".join(rng.choice(LETTERS) for _ in range(n))
 
 
-# A family draws (prompt, answer, the mistake that is typical of it). Only the base policy's training sees mistakes.
+# Each family draws (prompt, answer, typical mistake). Only the base policy's training uses the mistakes.
 
 
 def add(rng):
@@ -104,27 +104,31 @@ def interleave(rng):
     return f"zip({a},{b})", "".join(x + y for x, y in zip(a, b)), a + b
 
 
-FAMILIES = {"add": add, "sub": sub, "mul": mul, "max": largest, "sum": digit_sum, "count": count, "dbl": double,
-            "sort": sort, "rev": reverse, "next": following, "uniq": unique, "zip": interleave}
+FAMILIES = {"add": add, "sub": sub, "mul": mul, "max": largest, "sum": digit_sum, "count": count,
+            "dbl": double, "sort": sort, "rev": reverse, "next": following, "uniq": unique,
+            "zip": interleave}
 WORDS = ["max", "sum", "count", "dbl", "sort", "rev", "next", "uniq", "zip"]
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """One token for a digit, a letter, a sign or the name of a task; no merges. `347+2=` is 6 tokens, `max(1,2)` is 6."""
-    characters = [*"0123456789", *LETTERS, *"+-*=(,)"]
-    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}, merges=[],
+    """One token per digit, letter, sign and task name; no merges. `347+2=` is 6 tokens, `max(1,2)` is 6."""
+    tokens = ["<pad>", "<eos>", *"0123456789", *LETTERS, *"+-*=(,)"]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[],
                                unk_token="<pad>", pad_token="<pad>", eos_token="<eos>")
     tokenizer.add_tokens(WORDS)
     return tokenizer
 
 
 def write_data(folder: Path, families: dict, sizes: dict, rng: random.Random) -> set:
-    """The five .jsonl files, pairwise disjoint. Returns all their prompts."""
+    """Writes the five .jsonl files, pairwise disjoint. Returns all their prompts."""
     seen, files = set(), {}
     for family, make in families.items():
-        targeted = family in TARGETED
-        for file, n in (("train", sizes["train"][0 if targeted else 1]), (f"val_{family}", sizes["val"] if targeted else 0),
-                        ("test_targeted" if targeted else "test_untargeted", sizes["test"][0 if targeted else 1])):
+        if family in TARGETED:
+            counts = {"train": sizes["train"][0], f"val_{family}": sizes["val"],
+                      "test_targeted": sizes["test"][0]}
+        else:
+            counts = {"train": sizes["train"][1], "test_untargeted": sizes["test"][1]}
+        for file, n in counts.items():
             while n:
                 prompt, answer, _ = make(rng)
                 if prompt not in seen:
@@ -137,23 +141,24 @@ def write_data(folder: Path, families: dict, sizes: dict, rng: random.Random) ->
 
 
 def train_base(folder: Path, families: dict, held_out: set, steps: int, rng: random.Random, seed: int):
-    """Plain SFT: cross-entropy on the answers of fresh problems, none of them in `held_out`. Writes a checkpoint."""
+    """SFT: cross-entropy on the answers of fresh problems, none of them in `held_out`; saves a checkpoint."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR)
     for step in tqdm(range(steps), desc="base policy (made once)", unit="step"):
-        for group in optimizer.param_groups:  # warm up over 50 steps, fall to 0 over the last 30%
+        for group in optimizer.param_groups:  # 50 steps of warm-up, decay to 0 in the last 30%
             group["lr"] = SFT_LR * min(1.0, (step + 1) / 50, (steps - step) / (0.3 * steps))
         rows = []
         while len(rows) < SFT_BATCH:
             prompt, answer, mistake = rng.choice(list(families.values()))(rng)
             if prompt not in held_out:
                 answer = mistake if rng.random() < MISTAKES else answer
-                rows.append((tokenizer(prompt).input_ids, tokenizer(answer).input_ids + [tokenizer.eos_token_id]))
+                answer_ids = tokenizer(answer).input_ids + [tokenizer.eos_token_id]
+                rows.append((tokenizer(prompt).input_ids, answer_ids))
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
         tokens = torch.tensor([p + a + [0] * (width - len(p) - len(a)) for p, a in rows])  # [B, T]
         labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p) - len(a)) for p, a in rows])
@@ -165,9 +170,10 @@ def train_base(folder: Path, families: dict, held_out: set, steps: int, rng: ran
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy-world"), help="folder to fill (runs/toy-world)")
-    parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=f"training of the base policy ({SFT_STEPS})")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--out", type=Path, default=Path("runs/toy-world"), help="folder (runs/toy-world)")
+    parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=f"of the base policy ({SFT_STEPS})")
     parser.add_argument("--micro", action="store_true", help="four families of 30 prompts, for the tests")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -176,7 +182,7 @@ def main():
     part = args.out / "base.part"
     shutil.rmtree(part, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    families, sizes = FAMILIES, {"train": (100, 220), "val": 100, "test": (200, 40)}  # (targeted, other) family
+    families, sizes = FAMILIES, {"train": (100, 220), "val": 100, "test": (200, 40)}  # targeted, other
     if args.micro:
         families = {family: FAMILIES[family] for family in (*TARGETED, "count", "next")}
         sizes = {"train": (30, 30), "val": 8, "test": (6, 6)}
