@@ -1,73 +1,79 @@
 #!/usr/bin/env bash
-# CROPI, the whole loop: collect once, then for each phase sketch, score, train.
+# Runs the whole CROPI loop: collect rollouts once; then, in each phase, sketch, score and train.
 #
-#   bash run_cropi.sh                                    a toy world made on the spot, on a CPU, with full data beside CROPI
-#   METHOD=learnability bash run_cropi.sh                another selection rule in the same loop
-#   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh       your model and data (README.md)
-#   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh                   the paper's main experiment
+#   bash run_cropi.sh                           full-data GRPO and CROPI in a small toy world; runs on a CPU
+#   METHOD=learnability bash run_cropi.sh       another selection method in the same loop
+#   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh
+#                                               your own model and data (README.md)
+#   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh
+#                                               the paper's main experiment
 #
-# A run that was stopped goes on where it was when started again with the same settings.
+# If a run was stopped or killed, the same command with the same settings resumes it.
 set -euo pipefail
 cd "$(dirname "$0")"
 die() { echo "run_cropi.sh: error: $*" >&2; exit 2; }
 
-# ---- every knob ----------------------------------------------------------------------------------------------------
-PRESET=${PRESET:-}                    # a file that sets some of the knobs below; what the environment sets goes before it
-[ -z "$PRESET" ] || [ -f "$PRESET" ] || die "PRESET $PRESET: no such file; expected one of: $(echo presets/*)"
+# ---- knobs: set them in the environment ----------------------------------------------------------------
+PRESET=${PRESET:-}                    # file that sets some of the knobs below; the environment overrides it
+[ -z "$PRESET" ] || [ -f "$PRESET" ] ||
+    die "PRESET $PRESET: no such file; set PRESET to an existing file such as: $(echo presets/*)"
 [ -z "$PRESET" ] || . "$PRESET"
-METHOD=${METHOD:-cropi}               # full | random | passrate | learnability | influence (selected once) | cropi
-MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub name; empty: the toy world and its settings
+METHOD=${METHOD:-cropi}               # full, random, passrate, learnability, influence or cropi; influence
+                                      # selects once, cropi in every phase
+MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub name; empty: the toy world
 if [ -z "$MODEL" ]; then
-    TOY=${TOY:-runs/toy-world}        # where the toy's data and base policy are made, once
+    TOY=${TOY:-runs/toy-world}        # folder of the toy's data and base policy, made once
     MODEL=$TOY/base
     RUN=${RUN:-runs/toy}
-    BASELINE=${BASELINE-full}         # a second method to run first and to draw beside METHOD; BASELINE= for none
+    BASELINE=${BASELINE-full}         # methods to run before METHOD and to plot with it; BASELINE= for none
     TRAIN=${TRAIN:-$TOY/train.jsonl}
     VAL=${VAL:-sort=$TOY/val_sort.jsonl dbl=$TOY/val_dbl.jsonl}
     TEST=${TEST:-targeted=$TOY/test_targeted.jsonl untargeted=$TOY/test_untargeted.jsonl}
     VERIFIER=${VERIFIER:-exact} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-10} TEMPERATURE=${TEMPERATURE:-1.0}
-    K_VAL=${K_VAL:-16} PHASES=${PHASES:-3} STEPS=${STEPS:-30} BATCH=${BATCH:-64} LR=${LR:-1e-4} DIM=${DIM:-8192}
-    BATCH_TOKENS=${BATCH_TOKENS:-2048}
+    K_VAL=${K_VAL:-16} DIM=${DIM:-8192} PHASES=${PHASES:-3} STEPS=${STEPS:-30}
+    BATCH=${BATCH:-64} LR=${LR:-1e-4} BATCH_TOKENS=${BATCH_TOKENS:-2048}
 else
     TOY=
 fi
-RUN=${RUN:-runs/$(basename "$MODEL")} # folder of everything this makes
+RUN=${RUN:-runs/$(basename "$MODEL")} # output folder
 BASELINE=${BASELINE:-}
-TRAIN=${TRAIN:-}                      # train prompts: .jsonl, .parquet or hub data sets name[:config[:split]]
-VAL=${VAL:-}                          # validation sets, name=source, separated by spaces
-TEST=${TEST:-}                        # test sets, likewise
-PROMPT_KEY=${PROMPT_KEY:-prompt question problem}    # column of the prompt: the first that the data has
-ANSWER_KEY=${ANSWER_KEY:-answer solution}            # column of the answer, likewise
-INSTRUCTION=${INSTRUCTION:-}          # text appended to every prompt
-VERIFIER=${VERIFIER:-math}            # math | exact
-VAL_LIMIT=${VAL_LIMIT:-100}           # prompts of a validation set that are used
-K=${K:-8}                             # trajectories a train prompt
-K_VAL=${K_VAL:-32}                    # trajectories a validation prompt
-TEMPERATURE=${TEMPERATURE:-0.5}       # of all sampling (0.5 in the paper)
-MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}
-PHASES=${PHASES:-4}                   # M
-STEPS=${STEPS:-50}                    # GRPO steps a phase
-ALPHA=${ALPHA:-0.1}                   # share of the prompts selected
-KEEP=${KEEP:-0.1}                     # share of the gradient's coordinates kept
-DIM=${DIM:-32768}                     # numbers a sketch
-RRF_C=${RRF_C:-0}                     # c of the rank fusion
-BATCH=${BATCH:-128}                   # prompts a GRPO step
-GROUP=${GROUP:-8}                     # responses a prompt
-LR=${LR:-1e-6}                        # AdamW
-KL_COEF=${KL_COEF:-0.001}             # lambda_KL, towards the base policy
+TRAIN=${TRAIN:-}                      # train prompts: .jsonl or .parquet files, or hub data sets
+                                      # name[:config[:split]], separated by spaces
+VAL=${VAL:-}                          # validation sets: name=source pairs, separated by spaces
+TEST=${TEST:-}                        # test sets, in the same form; may be empty
+PROMPT_KEY=${PROMPT_KEY:-prompt question problem}    # prompt column: the first one in the data
+ANSWER_KEY=${ANSWER_KEY:-answer solution}            # answer column: the first one in the data
+INSTRUCTION=${INSTRUCTION:-}          # text appended to every prompt that is a string
+VERIFIER=${VERIFIER:-math}            # math or exact
+VAL_LIMIT=${VAL_LIMIT:-100}           # prompts used per validation set (the first ones)
+K=${K:-8}                             # trajectories per train prompt
+K_VAL=${K_VAL:-32}                    # trajectories per validation prompt
+TEMPERATURE=${TEMPERATURE:-0.5}       # sampling temperature of all stages (paper: 0.5)
+MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}                # length limit of a response
+PHASES=${PHASES:-4}                   # number of phases, the paper's M
+STEPS=${STEPS:-50}                    # GRPO steps per phase
+ALPHA=${ALPHA:-0.1}                   # fraction of the train prompts selected
+KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
+DIM=${DIM:-32768}                     # numbers per sketch
+RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
+BATCH=${BATCH:-128}                   # prompts per GRPO step
+GROUP=${GROUP:-8}                     # responses per prompt in a GRPO step
+LR=${LR:-1e-6}                        # AdamW's learning rate, constant
+KL_COEF=${KL_COEF:-0.001}             # lambda_KL, the weight of the KL term to the base policy
 EVAL_EVERY=${EVAL_EVERY:-10}          # steps between evaluations
-EVAL_SAMPLES=${EVAL_SAMPLES:-4}       # responses a test prompt
+EVAL_SAMPLES=${EVAL_SAMPLES:-4}       # sampled responses per test prompt
 SAVE_EVERY=${SAVE_EVERY:-50}          # steps between checkpoints within a phase
-ENGINE=${ENGINE:-}                    # what samples: hf (transformers) or vllm; empty: vllm on a GPU, hf elsewhere
-KV_TOKENS=${KV_TOKENS:-65536}         # tokens in a process's KV cache while sampling: lower it where memory is short
-BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens of a micro-batch with gradients: likewise
-DTYPE=${DTYPE:-float32}               # or bfloat16; training keeps float32 weights either way
-NPROC=${NPROC:-1}                     # processes (GPUs) of this machine, by torchrun
-GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-}   # anything: training takes less memory for a third more arithmetic
-SEED=${SEED:-0}
-PYTHON=${PYTHON:-}                    # a Python that has requirements.txt; empty: a .venv made on first use
+ENGINE=${ENGINE:-}                    # sampler, hf (transformers) or vllm; empty: vllm on a GPU, else hf
+KV_TOKENS=${KV_TOKENS:-65536}         # tokens in each rank's KV cache; lower it if sampling is out of memory
+BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens per micro-batch; lower it if gradients run out of memory
+DTYPE=${DTYPE:-float32}               # float32 or bfloat16; training keeps float32 weights in both cases
+NPROC=${NPROC:-1}                     # ranks (GPUs) on this machine; more than 1 uses torchrun
+GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-}   # non-empty: activation checkpointing in training (less
+                                      # memory, a third more arithmetic)
+SEED=${SEED:-0}                       # of sampling, projection and random choices
+PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .venv, made on first use
 
-# ---- set-up --------------------------------------------------------------------------------------------------------
+# ---- set-up --------------------------------------------------------------------------------------------
 . ./setup.sh
 ENGINE=${ENGINE:-${GPU:+vllm}} ENGINE=${ENGINE:-hf}
 
@@ -76,7 +82,8 @@ launch=("$PYTHON")
 
 now() { "$PYTHON" -c 'import time; print(time.time())'; }
 
-# stage FOLDER NAME COMMAND...: run a command once; its wall-clock seconds, written down when it ended well, mark it as done
+# stage FOLDER NAME COMMAND...: runs a command unless it is done. A command that succeeds is recorded as done
+# in FOLDER/seconds.tsv, with its wall-clock seconds.
 stage() {
     local folder=$1 name=$2 began
     shift 2
@@ -85,10 +92,12 @@ stage() {
     echo "+ $*"
     began=$(now)
     "$@"
-    printf '%s\t%s\n' "$name" "$("$PYTHON" -c "import time; print(round(time.time() - $began, 2))")" >>"$folder/seconds.tsv"
+    printf '%s\t%s\n' "$name" "$("$PYTHON" -c "import time; print(round(time.time() - $began, 2))")" \
+        >>"$folder/seconds.tsv"
 }
 
-# settings FOLDER NAME...: a folder made with other settings is not gone on with
+# settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt. If that file exists with other
+# values, stops with an error.
 settings() {
     local folder=$1 name text=
     shift
@@ -96,43 +105,51 @@ settings() {
     mkdir -p "$folder"
     [ -e "$folder/settings.txt" ] || printf '%s' "$text" >"$folder/settings.txt"
     if [ "$text" != "$(cat "$folder/settings.txt")"$'\n' ]; then
-        die "$folder holds a run with other settings: $(printf '%s' "$text" | diff "$folder/settings.txt" - | grep '^[<>]' |
-            tr '\n' ' '); remove it or set RUN to another folder"
+        die "$folder holds a run with other settings (< stored, > requested):" \
+            "$(printf '%s' "$text" | diff "$folder/settings.txt" - | grep '^[<>]' | tr '\n' ' ');" \
+            "use the stored settings, remove $folder, or set RUN to another folder"
     fi
 }
 
 for method in $BASELINE $METHOD; do
     case $method in
     full | random | passrate | learnability | influence | cropi) ;;
-    *) die "METHOD $method; expected full, random, passrate, learnability, influence or cropi" ;;
+    *) die "METHOD $method: unknown method; expected full, random, passrate, learnability, influence" \
+        "or cropi; set METHOD and BASELINE to these names" ;;
     esac
 done
-[ -n "$TRAIN" ] && [ -n "$VAL" ] || die "MODEL is set but TRAIN or VAL is not; README.md has an example"
+[ -n "$TRAIN" ] && [ -n "$VAL" ] ||
+    die "MODEL is set but TRAIN or VAL is not; set both as in the example of README.md"
 
 mkdir -p "$RUN"
-exec 9>"$RUN/lock" # held until this script and its stages have ended, however they end: killed ones take a moment
-! command -v flock >/dev/null || flock -w 5 9 || die "another run_cropi.sh is at work in $RUN; wait for it or set RUN"
+# The lock is held until this script and its stages have exited. The stages of a killed run may need a moment
+# to exit, so wait up to 5 seconds for it.
+exec 9>"$RUN/lock"
+! command -v flock >/dev/null || flock -w 5 9 ||
+    die "another run_cropi.sh is running in $RUN; wait until it ends or set RUN to another folder"
 
 if [ -n "$TOY" ]; then
     stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY"
 fi
 
-# ---- stage 1, once: rollouts of the base policy --------------------------------------------------------------------
+# ---- stage 1, once: rollouts of the base policy --------------------------------------------------------
 ROLLOUTS=$RUN/rollouts
-settings "$ROLLOUTS" MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K K_VAL TEMPERATURE \
-    MAX_NEW_TOKENS ENGINE DTYPE SEED
+settings "$ROLLOUTS" MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K K_VAL \
+    TEMPERATURE MAX_NEW_TOKENS ENGINE DTYPE SEED
 
 collect() { # NAME K ARGUMENT...
     local name=$1 k=$2
     shift 2
-    stage "$ROLLOUTS" "$name" "${launch[@]}" collect.py --model "$MODEL" --k "$k" --temperature "$TEMPERATURE" \
-        --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" --prompt-key $PROMPT_KEY --answer-key $ANSWER_KEY \
-        --instruction "$INSTRUCTION" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --dtype "$DTYPE" --seed "$SEED" "$@"
+    stage "$ROLLOUTS" "$name" "${launch[@]}" collect.py --model "$MODEL" --k "$k" \
+        --temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" \
+        --prompt-key $PROMPT_KEY --answer-key $ANSWER_KEY --instruction "$INSTRUCTION" \
+        --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --dtype "$DTYPE" --seed "$SEED" "$@"
 }
 
 val_sources=() val_names=() val_rollouts=() test_sources=() tests=()
 for pair in $VAL; do
-    val_sources+=("${pair#*=}") val_names+=("val_${pair%%=*}") val_rollouts+=("$ROLLOUTS/val_${pair%%=*}.pt")
+    val_sources+=("${pair#*=}") val_names+=("val_${pair%%=*}")
+    val_rollouts+=("$ROLLOUTS/val_${pair%%=*}.pt")
 done
 for pair in $TEST; do
     test_sources+=("${pair#*=}") tests+=("$ROLLOUTS/${pair%%=*}.pt")
@@ -141,10 +158,11 @@ collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
 collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
 [ -z "$TEST" ] || collect test 0 --data "${test_sources[@]}" --out "${tests[@]}"
 
-# ---- stages 2 to 4, phase after phase ------------------------------------------------------------------------------
+# ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD
     local method=$1 folder=$RUN/$1 policy=$MODEL optimizer=() m phase val name
-    settings "$folder" PHASES STEPS ALPHA KEEP DIM RRF_C BATCH GROUP LR KL_COEF EVAL_EVERY EVAL_SAMPLES SAVE_EVERY
+    settings "$folder" PHASES STEPS ALPHA KEEP DIM RRF_C BATCH GROUP LR KL_COEF EVAL_EVERY EVAL_SAMPLES \
+        SAVE_EVERY
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
         echo "== $method, phase $m =="
@@ -157,22 +175,26 @@ run_method() { # METHOD
                 val=()
                 for name in "${val_names[@]}"; do val+=("$phase/$name.npy"); done
                 stage "$folder" "phase-$m-sketch" "${launch[@]}" sketch.py --model "$policy" \
-                    --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" --out "$phase/train.npy" "${val[@]}" \
-                    --keep "$KEEP" --dim "$DIM" --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED"
-                stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" --val "${val[@]}" \
-                    --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" --alpha "$ALPHA" --rrf-c "$RRF_C"
+                    --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
+                    --out "$phase/train.npy" "${val[@]}" --keep "$KEEP" --dim "$DIM" \
+                    --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED"
+                stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" \
+                    --val "${val[@]}" --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" \
+                    --alpha "$ALPHA" --rrf-c "$RRF_C"
             fi
             ;;
-        *) # the random choices of a phase are its own
-            stage "$folder" "phase-$m-score" "$PYTHON" score.py --method "$method" --rollouts "$ROLLOUTS/train.pt" \
-                --out "$phase/selected.npy" --alpha "$ALPHA" --seed "$((SEED * 1000 + m))"
+        *) # each phase has its own seed for random choices
+            stage "$folder" "phase-$m-score" "$PYTHON" score.py --method "$method" \
+                --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" --alpha "$ALPHA" \
+                --seed "$((SEED * 1000 + m))"
             ;;
         esac
         stage "$folder" "phase-$m-train" "${launch[@]}" train_grpo.py --model "$policy" --ref "$MODEL" \
-            --rollouts "$ROLLOUTS/train.pt" --select "$phase/selected.npy" --out "$phase/policy" --steps "$STEPS" \
-            --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" --eval-every "$EVAL_EVERY" \
-            --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" --engine "$ENGINE" --kv-tokens "$KV_TOKENS" \
-            --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED" ${GRADIENT_CHECKPOINTING:+--gradient-checkpointing} \
+            --rollouts "$ROLLOUTS/train.pt" --select "$phase/selected.npy" --out "$phase/policy" \
+            --steps "$STEPS" --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" \
+            --eval-every "$EVAL_EVERY" --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" \
+            --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --batch-tokens "$BATCH_TOKENS" \
+            --dtype "$DTYPE" --seed "$SEED" ${GRADIENT_CHECKPOINTING:+--gradient-checkpointing} \
             ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy optimizer=(--optimizer "$phase/policy/optimizer.pt")
     done

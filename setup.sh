@@ -1,9 +1,14 @@
-# Sourced by run_cropi.sh and the tests. Sets PYTHON: .venv, made on first use, unless the user names another. GPU is 1 where
-# nvidia-smi answers: vLLM is installed there, too.
+# Sourced by run_cropi.sh, the tests and the experiments. Sets PYTHON to the Python of .venv, which is made on
+# first use, unless the user has set PYTHON. If nvidia-smi works, sets GPU=1 and installs vLLM as well.
 PYTHON=${PYTHON:-}
 GPU= requirements=requirements.txt
 if nvidia-smi >/dev/null 2>&1; then
     GPU=1 requirements=requirements-vllm.txt
+fi
+if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "error: ${PYTHON:-python3} is $("${PYTHON:-python3}" -V 2>&1); expected Python 3.11 or later;" \
+        "set PYTHON to such a Python, e.g. PYTHON=/usr/bin/python3.11" >&2
+    exit 2
 fi
 if [ -z "$PYTHON" ]; then
     PYTHON=.venv/bin/python

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# All tests. Makes .venv on first use; PYTHON=... takes yours instead. Arguments go to pytest:  bash tests/run.sh -k score
+# Runs all tests. Makes .venv on first use; set PYTHON to use your own Python instead. Arguments are passed to
+# pytest:
+#
+#   bash tests/run.sh -k score
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh

