@@ -3,9 +3,9 @@
     tau_1 .. tau_K ~ beta(. | s0),    beta = pi_theta(0)
 
 Every later phase reuses these trajectories through the token ratio of sketch.py; beta is never sampled again.
-It is softmax(logits / temperature): no top-p, no top-k, no repetition penalty, and of the checkpoint's
-generation_config.json only the end tokens. log beta of each token is stored, so that at theta = theta(0)
-every ratio is 1. The end token belongs to the response; one that is truncated at --max-new-tokens has none.
+It is softmax(logits / temperature): no top-p, no top-k, no repetition penalty. Only the end tokens are read
+from the checkpoint's generation_config.json. log beta of each token is stored, so that at theta = theta(0)
+every ratio is 1. The end token belongs to the response; a response truncated at --max-new-tokens has none.
 
 Reads   --data   local .jsonl or .parquet files, or hub data sets `name[:config[:split]]`. A prompt is a
                  string or a list of chat messages; a chat template is applied if the tokenizer has one.
@@ -28,9 +28,9 @@ Writes  --out    one for each of --data, or one for all of them (a pool of sever
 A killed run, started again with the same command, resumes after the batches that it finished. Under torchrun
 (one file system) the ranks share the batches of one plan. The bytes are the same for any number of ranks with
 the same number of threads each; torchrun sets OMP_NUM_THREADS=1, and some CPUs round differently with more
-threads. --engine vllm samples with vLLM in this process: faster on a GPU, but equal bytes are not promised.
+threads. --engine vllm samples with vLLM in this process: faster on a GPU, but not bit-reproducible.
 
-Departs from the authors' release: tokens are stored as sampled (re-tokenized text loses the end token), and
+Differs from the authors' release: tokens are stored as sampled (re-tokenized text loses the end token), and
 log-probs are those of the sampled distribution, temperature included.
 
     python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --out rollouts.pt \\
@@ -67,22 +67,20 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     """tau_1 .. tau_k ~ softmax(logits / temperature) for each prompt, and log pi of every token (engine hf).
 
-    prompts: B lists of token ids. seeds: B ints; uniforms from a prompt's own seed choose its tokens, so its
-    responses do not depend on the rest of the batch. temperature 0 is argmax, for evaluation. Returns
-    responses and logprobs, B*k lists each, prompt-major. A response includes its end token, unless it was
-    truncated at max_new_tokens.
+    prompts: B lists of token ids. seeds: B ints; a prompt's responses depend on its own seed, not on the rest
+    of the batch. temperature 0 is argmax. Returns responses and logprobs, B*k lists each, prompt-major. A
+    response includes its end token, unless it was truncated at max_new_tokens.
     """
-    device, width, uniforms = policy.device, max(map(len, prompts)), []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        uniforms.append(torch.rand(k, max_new_tokens, dtype=torch.float64, generator=generator))
+    device, width = policy.device, max(map(len, prompts))
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = [torch.rand(k, max_new_tokens, dtype=torch.float64, generator=rng) for rng in rngs]
     uniforms = torch.cat(uniforms).to(device)  # [B*k, max_new_tokens]
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
     cache, positions = DynamicCache(config=policy.config), (mask.cumsum(1) - 1).clamp(min=0)
     logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
                     logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(k)  # a prompt is read once, not k times
+    cache.batch_repeat_interleave(k)  # a prompt is prefilled once, not k times
     logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
 
     end = torch.tensor(eos_ids, device=device)
@@ -114,7 +112,7 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 
 
 def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
-    """The same as `sample`, by vLLM (engine vllm). Equal batches with equal seeds give equal responses."""
+    """Like `sample`, using vLLM (engine vllm). Equal batches with equal seeds give equal responses."""
     from vllm import SamplingParams
 
     if not llm.reset_prefix_cache():  # its keys and values are those of older weights
@@ -134,10 +132,9 @@ ENGINES = {"hf": sample, "vllm": sample_vllm}
 def verify(response, answer, verifier):
     """R(tau) in {0, 1}: whether the text `response` gives `answer`.
 
-    verifier 'exact': the content of the response's last \\boxed{}, or else the whole response, equals the
-    answer up to surrounding white space. 'math': math-verify finds the response's final expression and
-    compares it with the answer as mathematics (1/2 = 0.5); of an answer with '####' (GSM8K), only what
-    follows counts.
+    verifier 'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
+    'math': math-verify finds the response's final expression and compares it with the answer as mathematics
+    (1/2 = 0.5); of an answer with '####' (GSM8K), only what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
@@ -149,7 +146,7 @@ def verify(response, answer, verifier):
 
     gold = answer.rpartition("####")[2].strip()
     gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    last = response[max(response.rfind("\\boxed"), 0):]  # math-verify would make a list of several boxes
+    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would return a list
     return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
 
 
@@ -270,7 +267,7 @@ def encode_prompt(prompt, instruction, tokenizer):
             return tokenizer(prompt).input_ids
         prompt = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written the special tokens
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template already contains special tokens
 
 
 def read_prompts(args, tokenizer, sources):
@@ -301,23 +298,12 @@ def fail(source, found, expected, hint):
 
 def batches_by_tokens(lengths, budget):
     """Batches of indices, longest first, of at most `budget` tokens each, with padding to the longest."""
-    batches, batch = [], []
+    batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            batches.append(batch)
-            batch = []
-        batch.append(i)
-    return batches + [batch]
-
-
-def assign_greedily(costs, ranks):
-    """Lists of indices, one per rank: the costliest item first, each to the rank with the least load."""
-    shares, loads = [[] for _ in range(ranks)], [0] * ranks
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        shares[least].append(i)
-        loads[least] += costs[i]
-    return shares
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def barrier():
@@ -328,7 +314,7 @@ def barrier():
 
 @contextmanager
 def replacing(path):
-    """A file under a temporary name, renamed to `path` when it is complete; opened first, to fail early."""
+    """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -341,38 +327,34 @@ def replacing(path):
 
 
 def parts_folder(out, settings):
-    """OUT.HASH.parts, for a file per finished batch until the run is done. Other settings, another folder."""
+    """OUT.HASH.parts, with a file per finished batch until the run is done; HASH is of the settings."""
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     return out.with_name(f"{out.name}.{digest[:16]}.parts")
 
 
 def sample_parts(args, tokenizer, policy, prompts, answers, eos_ids, name, folder):
-    """Samples and verifies K responses to each prompt, a file in `folder` per batch. Returns the batches.
+    """Samples and verifies K responses to each prompt; writes one file per batch. Returns the batches.
 
     A file holds response_tokens, response_lengths, logprobs and rewards of its batch, as in rollouts.pt.
     Returns when all ranks have finished.
     """
     k, costs = args.k, [args.k * (len(prompt) + args.max_new_tokens) for prompt in prompts]
-    # vLLM schedules its cache itself: with 1024 responses per batch, few of them wait for the last.
+    # vLLM schedules its cache itself; 1024 responses per batch keep it busy
     budget = args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // k)
     plan = batches_by_tokens(costs, budget)  # the same on all ranks
-    mine = assign_greedily([len(batch) * costs[batch[0]] for batch in plan], WORLD)[RANK]
-    progress = tqdm(total=sum(len(plan[number]) for number in mine), desc=f"collect {name}", unit="prompt",
-                    disable=RANK > 0)
-    for number in mine:
+    mine = range(RANK, len(plan), WORLD)  # every rank gets long and short ones: the plan is sorted
+    for number in tqdm(mine, desc=f"collect {name}", unit="batch", disable=RANK > 0):
         batch, part = plan[number], folder / f"{number}.pt"
         if not part.exists():
-            responses, logprobs = ENGINES[args.engine](
-                policy, [prompts[i] for i in batch], k, args.temperature, args.max_new_tokens, eos_ids,
-                [stream_seed(args.seed, i) for i in batch])
+            queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, i) for i in batch]
+            responses, logprobs = ENGINES[args.engine](policy, queries, k, args.temperature,
+                                                       args.max_new_tokens, eos_ids, seeds)
             texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
             rewards = [verify(text, answers[batch[j // k]], args.verifier) for j, text in enumerate(texts)]
             with replacing(part) as file:
                 torch.save({"response_tokens": flat(responses, torch.int32), "rewards": torch.tensor(rewards),
                             "response_lengths": torch.tensor([len(r) for r in responses]),
                             "logprobs": flat(logprobs, torch.float32)}, file)
-        progress.update(len(batch))
-    progress.close()
     barrier()
     return plan
 
@@ -384,7 +366,7 @@ def flat(lists, dtype):
 def merge_parts(plan, folder, k):
     """The files of sample_parts as one dict, in the order of the prompts."""
     parts = [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(len(plan))]
-    order = torch.tensor([i for batch in plan for i in batch]).argsort()  # of the prompts among the parts
+    order = torch.tensor([i for batch in plan for i in batch]).argsort()  # where each prompt is in the parts
     merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     lengths = merged["response_lengths"].view(-1, k)  # [N, K]
     for name in ("response_tokens", "logprobs"):
@@ -396,13 +378,13 @@ def merge_parts(plan, folder, k):
 
 
 def collect_file(args, tokenizer, policy, policy_fingerprint, sources, prompts, answers, families, out):
-    """One rollouts.pt. Its parts stay, so that a run that is killed at a later rollouts.pt resumes there."""
+    """One rollouts.pt. Its parts are kept, so that a run that is killed at a later one resumes there."""
     eos_ids, k = end_tokens(args.model, tokenizer), args.k
     meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k,
             "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids,
             "verifier": args.verifier, "seed": args.seed}
-    folder = parts_folder(out, [meta, stream_seed(prompts, answers), policy_fingerprint, args.engine,
-                                args.dtype, args.kv_tokens])
+    folder = parts_folder(out, [meta, prompts, answers, policy_fingerprint, args.engine, args.dtype,
+                                args.kv_tokens])
     with replacing(out) if RANK == 0 else nullcontext() as file:
         sampled = {"response_tokens": flat([], torch.int32), "response_lengths": flat([], torch.int64),
                    "logprobs": flat([], torch.float32), "rewards": torch.zeros(len(prompts), 0)}
@@ -463,7 +445,7 @@ def main():
     args = parse_arguments()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is simply wrong
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response has reward 0
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""

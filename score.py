@@ -59,10 +59,10 @@ def popi(sketches, norms, validation_means):
 
 
 def reciprocal_rank_fusion(scores, n, c=0.0):
-    """RRF(s0) = sum_v 1 / (c + rank_v(s0)) over each column's own top n. Returns float64 [N], 0 outside all.
+    """RRF(s0) = sum_v 1 / (c + rank_v(s0)) over each column's own top n. Returns float64 [N].
 
-    scores: [N, V]. Ranks start at 1, ties go by index, -inf has no rank. Source: Cormack et al. 2009, with
-    c = 60; the release of CROPI's authors has c = 0.
+    scores: [N, V]. Ranks start at 1, ties go by index, -inf has no rank; 0 for a prompt in no top n. Source:
+    Cormack et al. 2009, with c = 60; the release of CROPI's authors has c = 0.
 
     >>> reciprocal_rank_fusion(np.array([[.1, .9], [.5, .2], [.3, .3]]), n=2).tolist()
     [1.0, 1.0, 1.0]
@@ -71,7 +71,7 @@ def reciprocal_rank_fusion(scores, n, c=0.0):
     for v, column in enumerate(scores.T):
         top = np.argsort(-column, kind="stable")[:min(n, np.isfinite(column).sum())]
         terms[top, v] = 1 / (c + np.arange(1, len(top) + 1))
-    return np.sort(terms, axis=1).sum(1)  # sorted: the same terms in another order add up to exactly the same
+    return np.sort(terms, axis=1).sum(1)  # sorted, so that equal terms have bit-equal sums
 
 
 def select(values, n):
@@ -116,14 +116,13 @@ def load_rollouts(path):
         if found != [n, n * k, n]:
             raise ValueError(f"{found} prompts, responses, answers for rewards [{n}, {k}]")
     except Exception as error:  # a damaged file can raise anything
-        fail(path, f"no readable rollouts ({type(error).__name__}: {error})",
-             f"a rollouts.pt of format {FORMAT}", "make it with collect.py")
+        fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
     return rollouts
 
 
 @contextmanager
 def replacing(path):
-    """A file under a temporary name, renamed to `path` when it is complete; opened first, to fail early."""
+    """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +157,7 @@ def blocks(sketch, path):
     for start in tqdm(range(0, n, ROWS), desc=f"score {path}", unit="block", delay=2):
         shape = min(ROWS, n - start), dim
         offset = sketch.offset + start * 4 * dim
-        rows = torch.from_numpy(np.memmap(path, np.float32, "c", offset, shape))  # freed with its block
+        rows = torch.from_numpy(np.memmap(path, np.float32, "c", offset, shape))  # unmapped after its block
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         finite = norms[:, 0].isfinite()
         if not finite.all():
@@ -228,8 +227,7 @@ def main():
             source = args.rollouts or args.train
             fail(source, "no prompt with a reward variance", "one", "raise K in collect.py")
         np.save(file, selected.astype(np.int64))
-    short = len(selected) < n != n_prompts
-    note = f" (fewer than floor(alpha N) = {n}: the others have a zero gradient)" if short else ""
+    note = f" (fewer than floor(alpha N) = {n}: the others have a zero gradient)" if len(selected) < n else ""
     print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{note}")
 
 

@@ -7,7 +7,7 @@ if nvidia-smi >/dev/null 2>&1; then
 fi
 if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: ${PYTHON:-python3} is $("${PYTHON:-python3}" -V 2>&1); expected Python 3.11 or later;" \
-        "set PYTHON to such a Python, e.g. PYTHON=/usr/bin/python3.11" >&2
+        "put one first in PATH, or set PYTHON to one that has requirements.txt" >&2
     exit 2
 fi
 if [ -z "$PYTHON" ]; then

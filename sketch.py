@@ -17,17 +17,19 @@ Writes  --out        a sketch for each: float32 .npy [N, dim], one row per promp
                      the same name holds what must match before two sketches are compared (format, policy
                      fingerprint, seed, keep, dim) and what was seen (prompts, skipped, tokens, seconds).
 
-One backward pass serves many prompts: the weights are frozen, and at each layer the gradient at the output
-meets the layer's input, prompt by prompt (for a Linear, delta^T x). Only kept coordinates are added to the
-sketches. A model that has a layer unknown to prompt_gradients, or that fails a trial against plain autograd,
-is sketched by plain autograd, one prompt per pass, and a line on stderr says so.
+One backward pass serves many prompts. sketch_batch runs the forward pass (group_hidden), the backward pass of
+the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
+the layer's input x with the gradient delta at its output into one gradient per prompt (prompt_gradients; for
+a Linear, delta^T x) and add the kept coordinates to the sketches (Projection.add). So each response token
+contributes to every layer's kept coordinates. A model with a layer unknown to prompt_gradients, or for which
+a trial disagrees with plain autograd, is sketched by plain autograd, one prompt per pass; a line says so.
 
 A killed run, started again with the same command, resumes after the batches that it finished. Under torchrun
 (one file system) the ranks share the batches of one plan. The bytes are the same for any number of ranks with
 the same number of threads each; torchrun sets OMP_NUM_THREADS=1, and some CPUs round differently with more
 threads.
 
-Departs from the authors' release: all parameters are sketched (there, only the first, the embedding), and
+Differs from the authors' release: all parameters are sketched (there, only the first, the embedding), and
 log-probs are at the sampling temperature.
 
     python sketch.py --model runs/toy-world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
@@ -56,8 +58,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 FORMAT = 2  # of rollouts.pt and of the sketches' .json files
-KNOWN = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: the layers of prompt_gradients
-CHUNK = 2**22  # numbers of a layer's gradients in memory at once, at least one gradient
+BATCHED = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: what prompt_gradients knows
+CHUNK = 2**22  # numbers of a layer's gradients in memory at once, at least one prompt's
 LOGITS = 2**25  # logits in memory at once, at least one response's
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
@@ -84,17 +86,18 @@ def token_ratio(logp, logp_beta):
 def off_policy_surrogate(logp, logp_beta, advantages, mask, k):
     """The scalar whose gradient is g: sum over rows of 1/K 1/|tau_k| sum_t rho_{k,t} A_k.
 
-    logp, logp_beta: [B, T], one trajectory per row, of any prompts. advantages: [B]. mask: bool [B, T], True
-    where a token exists. k: K, even if only some of a prompt's K trajectories are in the batch. Returns [].
+    logp, logp_beta: [B, T], one trajectory per row; rows may be of different prompts. advantages: [B]. mask:
+    bool [B, T], True where a token exists. k: K, even if not all of a prompt's K trajectories are in the
+    batch.
     """
     per_token = token_ratio(logp, logp_beta) * advantages[:, None]  # [B, T]
     return ((per_token * mask).sum(1) / mask.sum(1)).sum() / k
 
 
 def kept_coordinates(numel, keep, generator):
-    """drop: the kept ones of `numel` coordinates, each with probability `keep`. Returns int64, rising.
+    """drop: the indices of the kept coordinates among `numel`, each kept with probability `keep`; ascending.
 
-    Only these are drawn: the gaps between them are geometric.
+    Only the gaps between them are drawn, which are geometric.
     """
     if keep == 1:
         return torch.arange(numel)
@@ -107,7 +110,7 @@ def kept_coordinates(numel, keep, generator):
 class Projection:
     """P drop(.): a linear map from all parameters to `dim` numbers, drawn on the CPU from (seed, name).
 
-    P adds each kept coordinate to one random place of the sketch with a random sign: a sparse
+    P adds each kept coordinate to one random bucket of the sketch with a random sign: a sparse
     Johnson-Lindenstrauss transform with one non-zero per column (Kane and Nelson 2014). Scaled by 1 /
     sqrt(keep), E[P drop(x) . P drop(y)] = x . y, with S = sum_j x_j^2 y_j^2 and the variance
     (1/keep - 1) S + (|x|^2 |y|^2 + (x . y)^2 - 2 S) / dim.
@@ -115,36 +118,32 @@ class Projection:
 
     def __init__(self, seed, keep, dim, device):
         self.seed, self.keep, self.dim, self.device = seed, keep, dim, device
-        self.drawn = {}  # parameter name -> (kept coordinates, their places), 8 bytes per kept coordinate
+        self.drawn = {}  # parameter name -> (kept coordinates, their buckets), 8 bytes per kept coordinate
 
     def draw(self, name, numel):
-        """(kept, places) of a parameter. A place p >= dim stands for place p - dim with sign -."""
+        """(kept, buckets) of a parameter. A bucket >= dim means bucket - dim with sign -1."""
         if name not in self.drawn:
-            generator = torch.Generator().manual_seed(stream_seed(self.seed, name))
+            digest = hashlib.sha256(repr((self.seed, name)).encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
             kept = kept_coordinates(numel, self.keep, generator)
-            places = torch.randint(2 * self.dim, (len(kept),), generator=generator)
+            buckets = torch.randint(2 * self.dim, (len(kept),), generator=generator)
             dtype = torch.int32 if numel < 2**31 else torch.int64
-            self.drawn[name] = kept.to(self.device, dtype), places.to(self.device, dtype)
+            self.drawn[name] = kept.to(self.device, dtype), buckets.to(self.device, dtype)
         return self.drawn[name]
 
     def zeros(self, b):
-        """Sums [b, 2 dim] for `add` to fill."""
+        """Accumulators [b, 2 dim] for `add`: by bucket, first those of sign +1, then those of sign -1."""
         return torch.zeros(b, 2 * self.dim, device=self.device)
 
     def add(self, name, gradients, sums):
         """Adds a parameter's part to sums [b, 2 dim], from its float32 gradients [b, *parameter shape]."""
         gradients = gradients.flatten(1)
-        kept, places = self.draw(name, gradients.shape[1])
-        sums.scatter_add_(1, places.expand(len(gradients), -1), gradients.index_select(1, kept))
+        kept, buckets = self.draw(name, gradients.shape[1])
+        sums.scatter_add_(1, buckets.expand(len(gradients), -1), gradients.index_select(1, kept))
 
     def sketches(self, sums):
         """g~ [b, dim], from the sums over all parameters."""
         return (sums[:, :self.dim] - sums[:, self.dim:]) / self.keep**0.5
-
-
-def stream_seed(*key):
-    """A seed for torch.Generator from any key: every use of random numbers gets a stream of its own."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
 # ---- the model: forward pass and gradient ----
@@ -172,18 +171,20 @@ def group_hidden(policy, prompts, responses):
     length of the longest response, the response tokens [b * n, R] and the bool mask [b * n, R] of those that
     exist.
 
-    A prompt is read once: its n responses share its keys and values, where their gradients meet. Prompts are
-    padded on the left and masked; responses are padded on the right, which a causal model cannot see. So the
-    rest of its batch changes a row by rounding only.
+    A prompt is read once: its n responses share its cached keys and values, through which their gradients
+    flow back. Prompts are padded on the left and masked; responses are padded on the right, which no token
+    attends to. So the composition of the batch changes results by rounding only.
     """
     pad, device, n = nn.utils.rnn.pad_sequence, policy.device, len(responses) // len(prompts)
-    prompts, responses = ([torch.as_tensor(x).long() for x in group] for group in (prompts, responses))
+    base_model, cache = policy.base_model, DynamicCache(config=policy.config)  # all but the output layer
+    prompts = [torch.as_tensor(prompt).long() for prompt in prompts]
+    responses = [torch.as_tensor(response).long() for response in responses]
     tokens = pad(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [b, 1]
     positions = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative on padding
-    cache, seen = DynamicCache(config=policy.config), (positions >= 0).long()
-    trunk = policy.base_model  # all but the output layer
-    hidden = trunk(tokens, attention_mask=seen, position_ids=positions.clamp(min=0), past_key_values=cache)[0]
+    attention = (positions >= 0).long()
+    hidden = base_model(tokens, attention_mask=attention, position_ids=positions.clamp(min=0),
+                        past_key_values=cache)[0]
     hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
 
     targets = pad(responses, batch_first=True).to(device)  # [b * n, R]
@@ -192,9 +193,9 @@ def group_hidden(policy, prompts, responses):
     if len(steps) > 1:
         cache.batch_repeat_interleave(n)
         inputs, positions = targets[:, :-1], lengths.repeat_interleave(n, 0) + steps[:-1]
-        seen = torch.cat([seen.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
-        more = trunk(inputs, attention_mask=seen, position_ids=positions, past_key_values=cache)[0]
-        hidden = torch.cat([hidden, more], 1)
+        attention = torch.cat([attention.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
+        later = base_model(inputs, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
+        hidden = torch.cat([hidden, later], 1)
     return hidden, targets, mask
 
 
@@ -232,37 +233,39 @@ def prompt_gradients(layer, x, delta):
 
 
 class Sketcher:
-    """The hooks on a policy's layers, which add each prompt's projected gradients to the sums [b, 2 dim].
+    """Hooks on a policy's layers that add each prompt's projected gradients to `sums` [b, 2 dim].
 
-    batched: whether one backward pass serves many prompts. Without hooks, plain autograd serves one per pass.
+    batched: one backward pass makes the gradients of many prompts. Otherwise there are no hooks, and plain
+    autograd makes those of one prompt per pass.
     """
 
     def __init__(self, policy, projection, batched=True):
-        self.policy, self.projection, self.head = policy, projection, policy.get_output_embeddings()
+        self.policy, self.projection, self.output_layer = policy, projection, policy.get_output_embeddings()
         self.names = {parameter: name for name, parameter in policy.named_parameters()}
         layers = [m for m in policy.modules() if next(m.parameters(recurse=False), None) is not None]
-        known = all(type(m) in KNOWN or type(m).__name__.endswith("RMSNorm") for m in layers)  # no subclass
-        self.batched = batched and known
+        known = [type(m) in BATCHED or type(m).__name__.endswith("RMSNorm") for m in layers]  # no subclasses
+        self.batched = batched and all(known)
         policy.requires_grad_(not self.batched)
         policy.zero_grad()  # plain autograd reads .grad
-        self.hooks = [layer.register_forward_hook(self.after_forward) for layer in layers if self.batched]
-        self.calls = {}  # layer -> [(input, gradient at the output)] of its calls in the current batch
+        hooked = layers if self.batched else []
+        self.hooks = [layer.register_forward_hook(self.after_forward) for layer in hooked]
+        self.calls = {}  # layer -> (input, gradient at the output) of its calls: prompts, responses
 
     def after_forward(self, layer, inputs, output):
-        """Forward hook: keeps the layer's input until the gradient at its output arrives."""
-        x = inputs[0].detach() if isinstance(layer, KNOWN) else output.detach()
-        if layer is self.head:
+        """Forward hook: keeps the input (an RMSNorm's output) until the gradient at the output arrives."""
+        x = inputs[0].detach() if isinstance(layer, BATCHED) else output.detach()
+        if layer is self.output_layer:
             if output.requires_grad:
-                output.register_hook(lambda delta: self.add_layer(layer, [(x, delta)], self.head_sums))
+                output.register_hook(lambda delta: self.add_layer(layer, [(x, delta)], self.output_sums))
             return
         if not output.requires_grad:  # an embedding's: the graph starts here, since the weights are frozen
             output.requires_grad_()
         calls = self.calls.setdefault(layer, [])
-        calls.append(None)  # one call for the prompts, one for the responses
+        calls.append(None)
         output.register_hook(partial(self.after_backward, layer, calls, len(calls) - 1, x))
 
     def after_backward(self, layer, calls, number, x, delta):
-        """Backward hook: adds the layer's part when the gradients of all its calls are known."""
+        """Backward hook: adds the layer's contribution when the gradients of all its calls are known."""
         calls[number] = x, delta
         if None not in calls:
             self.add_layer(layer, calls, self.sums)
@@ -270,12 +273,12 @@ class Sketcher:
 
     @torch.no_grad()
     def add_layer(self, layer, calls, sums):
-        """Adds a layer's part to sums [b, 2 dim]. calls: [(input, gradient at output)], rows prompt-major."""
-        b, joined = len(sums), []
-        for parts in zip(*calls):
-            features = parts[0].shape[-1:] if parts[0].is_floating_point() else ()  # ids have none
-            joined.append(torch.cat([part.reshape(b, -1, *features) for part in parts], 1))
-        x, delta = joined  # [b, T, features]
+        """Adds a layer's contribution to sums [b, 2 dim]. calls: (input, gradient at the output) of each."""
+        b, by_prompt = len(sums), []
+        for tensors in zip(*calls):
+            features = tensors[0].shape[-1:] if tensors[0].is_floating_point() else ()  # token ids have none
+            by_prompt.append(torch.cat([tensor.reshape(b, -1, *features) for tensor in tensors], 1))
+        x, delta = by_prompt  # [b, T, features]
         step = max(1, CHUNK // layer.weight.numel())  # prompts at a time
         for start in range(0, b, step):
             some = slice(start, start + step)
@@ -288,44 +291,47 @@ class Sketcher:
 
 
 def output_layer_backward(sketcher, hidden, targets, mask, logp_beta, advantages, k, temperature):
-    """The backward pass of off_policy_surrogate through the output layer: its gradient at hidden [B, R, H].
+    """The backward pass of off_policy_surrogate through the output layer. Returns its gradient at `hidden`.
 
-    targets, mask, logp_beta: [B, R]; advantages: [B]; k: K. The output layer has a backward pass of its own
-    since the logits of a whole batch do not fit into memory at a vocabulary of 150,000: they are made,
-    differentiated and dropped for some responses at a time. The other layers then have one backward pass for
-    all responses.
+    hidden: [b * n, R, H]; targets, mask, logp_beta: [b * n, R]; advantages: [b * n]; k: K.
+
+    There are two backward passes because the logits of a whole batch do not fit into memory at a vocabulary
+    of 150,000. So they are computed, differentiated and freed for a few responses at a time, from a copy of
+    the hidden states that is cut off from the graph; the other layers then have one pass for all responses.
     """
-    policy, b, device = sketcher.policy, len(sketcher.sums), mask.device
-    hidden, advantages, n = hidden.detach().requires_grad_(), advantages.to(device), len(hidden) // b
-    logits = mask.shape[1] * policy.config.get_text_config().vocab_size  # of one response
-    rows = max(1, LOGITS // logits)
+    policy, hidden, n = sketcher.policy, hidden.detach().requires_grad_(), len(hidden) // len(sketcher.sums)
+    logits_per_response = mask.shape[1] * policy.config.get_text_config().vocab_size
+    rows = max(1, LOGITS // logits_per_response)  # responses at a time
     block = max(n, rows // n * n)  # whole prompts, or one prompt whose responses do not fit together
     for start in range(0, len(hidden), block):
-        sketcher.head_sums = sketcher.sums[start // n:(start + block) // n]
-        for some in torch.arange(start, min(start + block, len(hidden)), device=device).split(rows):
+        end = min(start + block, len(hidden))
+        sketcher.output_sums = sketcher.sums[start // n:end // n]
+        for first in range(start, end, rows):
+            some = slice(first, min(first + rows, end))
             logp = token_logprobs(policy, hidden[some], targets[some], mask[some], temperature)
             off_policy_surrogate(logp, logp_beta[some], advantages[some], mask[some], k).backward()
     return hidden.grad
 
 
 def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, temperature):
-    """The part of g~ [b, dim] that n of the K trajectories of each of b prompts contribute.
+    """What n of the K trajectories of each of b prompts contribute to g~ [b, dim].
 
     prompts: b sequences of token ids. responses (b * n sequences), logp_beta (b * n tensors [|tau|]) and
     advantages [b * n] are prompt-major.
     """
-    policy, projection = sketcher.policy, sketcher.projection
-    b, n = len(prompts), len(responses) // len(prompts)
-    sums, step = projection.zeros(b), b if sketcher.batched else 1
-    for i in range(0, b, step):
-        rows, sketcher.sums = slice(i * n, (i + step) * n), sums[i:i + step]
-        hidden, targets, mask = group_hidden(policy, prompts[i:i + step], responses[rows])
-        beta = torch.cat(logp_beta[rows]).float().to(mask.device)
-        beta = torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, beta)  # [step * n, R]
-        delta = output_layer_backward(sketcher, hidden, targets, mask, beta, advantages[rows], k, temperature)
-        hidden.backward(delta)  # in batched mode the hooks fill the sums
+    projection, b, n = sketcher.projection, len(prompts), len(responses) // len(prompts)
+    device, pad = projection.device, nn.utils.rnn.pad_sequence
+    sums, prompts_per_pass = projection.zeros(b), b if sketcher.batched else 1
+    for first in range(0, b, prompts_per_pass):
+        end = first + prompts_per_pass
+        rows, sketcher.sums = slice(first * n, end * n), sums[first:end]  # a view, which the hooks fill
+        hidden, targets, mask = group_hidden(sketcher.policy, prompts[first:end], responses[rows])
+        beta = pad(logp_beta[rows], batch_first=True).float().to(device)  # [prompts_per_pass * n, R]
+        delta = output_layer_backward(sketcher, hidden, targets, mask, beta, advantages[rows].to(device), k,
+                                      temperature)
+        hidden.backward(delta)
         for parameter, name in sketcher.names.items():
-            if parameter.grad is not None:
+            if parameter.grad is not None:  # in batched mode there is none
                 projection.add(name, parameter.grad[None].float(), sketcher.sums)
                 parameter.grad = None
     return projection.sketches(sums)
@@ -338,9 +344,9 @@ def make_sketcher(policy, projection):
     prompts, responses = tokens[:2], tokens[2:]
     with torch.no_grad():
         hidden, targets, mask = group_hidden(policy, prompts, responses)
-        ours, own = output_logits(policy, hidden), policy(prompts[0][None].to(policy.device)).logits
-        ours, own = ours[0, 0], own[0, -1]  # [V], both after the first prompt
-        if not torch.allclose(ours, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        found = output_logits(policy, hidden)[0, 0]  # [V], after the first prompt
+        expected = policy(prompts[0][None].to(policy.device)).logits[0, -1]
+        if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             fail(policy.name_or_path, "logits that are scaled after the output layer", "logits that are not",
                  "choose another model")
         logp = token_logprobs(policy, hidden, targets, mask, 1.0)
@@ -355,8 +361,8 @@ def make_sketcher(policy, projection):
             return sketcher
     sketcher.close()
     if RANK == 0:
-        print("sketch.py: plain autograd sketches this architecture, one prompt per pass (slower, as exact)",
-              file=sys.stderr)
+        print("sketch.py: this architecture is sketched by plain autograd, one prompt per pass (slower, as "
+              "exact)", file=sys.stderr)
     return Sketcher(policy, projection, batched=False)
 
 
@@ -399,41 +405,28 @@ def load_rollouts(path):
         if found != [n, n * k, n]:
             raise ValueError(f"{found} prompts, responses, answers for rewards [{n}, {k}]")
     except Exception as error:  # a damaged file can raise anything
-        fail(path, f"no readable rollouts ({type(error).__name__}: {error})",
-             f"a rollouts.pt of format {FORMAT}", "make it with collect.py")
+        fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
     return rollouts
 
 
 def plan_batches(sizes, k, budget):
-    """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows, cost)].
+    """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
 
     sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
-    prompts (rows = k). A prompt that exceeds the budget by itself is alone, with `rows` of its responses per
-    pass. cost: the tokens of all passes.
+    prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
     """
-    def tokens(batch, rows):
+    def tokens(batch):
         own, longest = (max(column) for column in zip(*(sizes[i] for i in batch)))
-        return len(batch) * (own + rows * longest)
+        return len(batch) * (own + k * longest)
 
     plan = []
-    for prompt in sorted(sizes, key=lambda i: -tokens([i], k)):
-        own, longest = sizes[prompt]
-        rows = max(1, min(k, (budget - own) // longest))
-        if plan and rows == plan[-1][1] == k and tokens([*plan[-1][0], prompt], k) <= budget:
+    for prompt in sorted(sizes, key=lambda i: -tokens([i])):
+        if plan and tokens([*plan[-1][0], prompt]) <= budget:
             plan[-1][0].append(prompt)
         else:
-            plan.append(([prompt], rows))
-    return [(batch, rows, tokens(batch, k)) for batch, rows in plan]
-
-
-def assign_greedily(costs, ranks):
-    """Lists of indices, one per rank: the costliest item first, each to the rank with the least load."""
-    shares, loads = [[] for _ in range(ranks)], [0] * ranks
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        least = loads.index(min(loads))
-        shares[least].append(i)
-        loads[least] += costs[i]
-    return shares
+            own, longest = sizes[prompt]
+            plan.append(([prompt], max(1, min(k, (budget - own) // longest))))
+    return plan
 
 
 def barrier():
@@ -444,7 +437,7 @@ def barrier():
 
 @contextmanager
 def replacing(path):
-    """A file under a temporary name, renamed to `path` when it is complete; opened first, to fail early."""
+    """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -457,7 +450,7 @@ def replacing(path):
 
 
 def parts_folder(out, settings):
-    """OUT.HASH.parts, for a file per finished batch until the run is done. Other settings, another folder."""
+    """OUT.HASH.parts, with a file per finished batch until the run is done; HASH is of the settings."""
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     return out.with_name(f"{out.name}.{digest[:16]}.parts")
 
@@ -477,9 +470,9 @@ def sketch_prompts(sketcher, rollouts, batch, rows):
 
 
 def sketch_file(sketcher, path, out, identity, batch_tokens):
-    """One rollouts.pt to one sketch and its .json. identity: what the .json says of policy and projection.
+    """Sketches one rollouts.pt into a .npy and its .json. identity: policy and projection, for the .json.
 
-    The files of finished batches stay, so that a run that is killed at a later rollouts.pt resumes there.
+    The files of finished batches are kept, so that a run that is killed at a later rollouts.pt resumes there.
     """
     began, rollouts = time.perf_counter(), load_rollouts(path)
     (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].view_as(rollouts["rewards"])
@@ -489,13 +482,13 @@ def sketch_file(sketcher, path, out, identity, batch_tokens):
              "collect more responses, or other prompts")
     longest = lengths.amax(1).tolist()
     plan = plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in varied}, k, batch_tokens)
-    mine = assign_greedily([cost for *_, cost in plan], WORLD)[RANK]  # the plan is the same on all ranks
+    mine = range(RANK, len(plan), WORLD)  # every rank gets long and short ones: the plan is sorted
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = parts_folder(out, {**identity, "rollouts": digest, "batch_tokens": batch_tokens})
     with replacing(out) if RANK == 0 else nullcontext() as file:
         for number in tqdm(mine, desc=f"sketch {out.name}", unit="batch", disable=RANK > 0):
-            batch, rows, _ = plan[number]
+            batch, rows = plan[number]
             part = folder / f"{number}.npy"
             if not part.exists():
                 sketch = sketch_prompts(sketcher, rollouts, batch, rows)
@@ -517,7 +510,7 @@ def assemble(file, shape, plan, folder):
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
     start = file.tell()
     file.truncate(start + shape[0] * shape[1] * 4)
-    for number, (batch, *_) in enumerate(plan):
+    for number, (batch, _) in enumerate(plan):
         for prompt, row in zip(batch, np.load(folder / f"{number}.npy", allow_pickle=False)):
             file.seek(start + prompt * row.nbytes)
             file.write(row.tobytes())
@@ -542,7 +535,7 @@ def main():
     if not 0 < args.keep <= 1 or args.dim < 1:
         fail("--keep, --dim", f"{args.keep}, {args.dim}", "0 < keep <= 1, dim >= 1", "the paper: 0.1, 32768")
     if len(args.rollouts) != len(args.out):
-        fail("--out", f"{len(args.out)} names", f"{len(args.rollouts)}", "name one for each of --rollouts")
+        fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for path in args.rollouts:

@@ -1,13 +1,13 @@
-"""Stage 4 of CROPI: GRPO on the selected prompts alone; the policy it writes starts the next phase.
+"""Stage 4 of CROPI: GRPO on the selected prompts only; the next phase starts from the policy it writes.
 
-For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the current policy, which climbs
+For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the current policy, which maximizes
 
     J(theta) = 1/G sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 ]
     A_i = (R_i - mean R) / (std R + 1e-4)     rho = pi_theta / pi_old
     k3 = e^D - D - 1,  D = log pi_ref - log pi_theta
 
 averaged over the batch's prompts. AdamW makes one update per batch: pi_old is pi_theta itself, rho is 1 with
-the gradient of log pi, and the clip cannot act. pi_ref is --ref, the policy before any RL, in every phase.
+the gradient of log pi, and clipping never applies. pi_ref is --ref, the policy before any RL, in every phase.
 
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its meta, temperature, length limit,
                      end tokens and verifier. Its responses are not used.
@@ -19,7 +19,7 @@ Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimiz
                      files if TensorBoard is installed, and metrics.jsonl, one JSON object per step: step
                      (over all phases), reward, frac_reward_zero_std (share of groups with equal rewards), kl,
                      sampling_logp_difference (mean |trainer's log-prob - sampler's| per token), grad_norm,
-                     tokens, clipped_ratio (share of responses truncated at the length limit), seconds (of
+                     tokens, frac_truncated (share of responses that reach the length limit), seconds (of
                      this phase's training, without evaluation), sampling_seconds (of this step), eval.
 
 The run works in OUT.part and renames it at the end. If it is stopped (Ctrl-C saves a checkpoint) or killed,
@@ -29,7 +29,7 @@ precision: weights and AdamW's state stay float32. Under torchrun, FSDP2 shards 
 state, and each rank samples its share of the prompts. Its files are those of a run without torchrun; either
 resumes the other's checkpoints.
 
-Departs from the paper: there is no entropy bonus (the paper's coefficient is 0.001).
+Differs from the paper: there is no entropy bonus (the paper's coefficient is 0.001).
 
     python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --out policy \\
         --eval test.pt --steps 30 --batch-size 64 --lr 1e-4
@@ -63,7 +63,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 FORMAT = 2  # of rollouts.pt
-CLIP = 0.2  # eps, the paper's value; no flag, since with one update per batch the clip cannot act
+CLIP = 0.2  # eps, the paper's value; no flag: with one update per batch, clipping never applies
 LOGITS = 2**25  # logits in memory at once, at least one response's
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
@@ -237,9 +237,7 @@ def build_policy(name, args):
             autocast = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
             module.forward = autocast(module.forward)
         return policy
-    precision = MixedPrecisionPolicy()
-    if args.dtype == "bfloat16":
-        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32)
     mesh = torch.distributed.init_device_mesh(torch.device(args.device).type, (WORLD,))
     for module in [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)] + [policy]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
@@ -256,22 +254,20 @@ def stream_seed(*key):
 def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     """tau_1 .. tau_k ~ softmax(logits / temperature) for each prompt, and log pi of every token (engine hf).
 
-    prompts: B lists of token ids. seeds: B ints; uniforms from a prompt's own seed choose its tokens, so its
-    responses do not depend on the rest of the batch. temperature 0 is argmax, for evaluation. Returns
-    responses and logprobs, B*k lists each, prompt-major. A response includes its end token, unless it was
-    truncated at max_new_tokens.
+    prompts: B lists of token ids. seeds: B ints; a prompt's responses depend on its own seed, not on the rest
+    of the batch. temperature 0 is argmax. Returns responses and logprobs, B*k lists each, prompt-major. A
+    response includes its end token, unless it was truncated at max_new_tokens.
     """
-    device, width, uniforms = policy.device, max(map(len, prompts)), []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        uniforms.append(torch.rand(k, max_new_tokens, dtype=torch.float64, generator=generator))
+    device, width = policy.device, max(map(len, prompts))
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = [torch.rand(k, max_new_tokens, dtype=torch.float64, generator=rng) for rng in rngs]
     uniforms = torch.cat(uniforms).to(device)  # [B*k, max_new_tokens]
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
     cache, positions = DynamicCache(config=policy.config), (mask.cumsum(1) - 1).clamp(min=0)
     logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
                     logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(k)  # a prompt is read once, not k times
+    cache.batch_repeat_interleave(k)  # a prompt is prefilled once, not k times
     logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
 
     end = torch.tensor(eos_ids, device=device)
@@ -328,7 +324,7 @@ def load_vllm(name, dtype, kv_tokens, context):
 
 
 def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
-    """The same as `sample`, by vLLM (engine vllm). Equal batches with equal seeds give equal responses."""
+    """Like `sample`, using vLLM (engine vllm). Equal batches with equal seeds give equal responses."""
     from vllm import SamplingParams
 
     if not llm.reset_prefix_cache():  # its keys and values are those of older weights
@@ -365,10 +361,9 @@ def update_vllm(llm, weights):
 def verify(response, answer, verifier):
     """R(tau) in {0, 1}: whether the text `response` gives `answer`.
 
-    verifier 'exact': the content of the response's last \\boxed{}, or else the whole response, equals the
-    answer up to surrounding white space. 'math': math-verify finds the response's final expression and
-    compares it with the answer as mathematics (1/2 = 0.5); of an answer with '####' (GSM8K), only what
-    follows counts.
+    verifier 'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
+    'math': math-verify finds the response's final expression and compares it with the answer as mathematics
+    (1/2 = 0.5); of an answer with '####' (GSM8K), only what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
@@ -380,14 +375,14 @@ def verify(response, answer, verifier):
 
     gold = answer.rpartition("####")[2].strip()
     gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    last = response[max(response.rfind("\\boxed"), 0):]  # math-verify would make a list of several boxes
+    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would return a list
     return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
 
 
 class Sampler:
-    """Samples from the current policy: by vLLM, by itself or, under torchrun, by an unsharded copy of it.
+    """Samples with vLLM, with the policy itself or, under torchrun, with an unsharded copy of it.
 
-    args: engine, model, device, dtype, kv_tokens. rollouts: all that it will have to answer.
+    args: engine, model, device, dtype, kv_tokens. rollouts: all rollouts.pt whose prompts it will get.
     """
 
     def __init__(self, args, rollouts):
@@ -405,7 +400,7 @@ class Sampler:
             self.model.sleep(level=2)
 
     def update(self, policy):
-        """Takes over the weights of `policy`."""
+        """Copies the weights of `policy`."""
         weights = ((name, whole(weight.detach())) for name, weight in policy.named_parameters())
         if self.engine == "vllm":
             update_vllm(self.model, weights)
@@ -477,13 +472,12 @@ def batch_of_step(selected, size, step, seed):
 
 def batches_by_tokens(lengths, budget):
     """Batches of indices, longest first, of at most `budget` tokens each, with padding to the longest."""
-    batches, batch = [], []
+    batches = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            batches.append(batch)
-            batch = []
-        batch.append(i)
-    return batches + [batch]
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 # ---- files and ranks ----
@@ -508,8 +502,7 @@ def load_rollouts(path):
         if found != [n, n * k, n]:
             raise ValueError(f"{found} prompts, responses, answers for rewards [{n}, {k}]")
     except Exception as error:  # a damaged file can raise anything
-        fail(path, f"no readable rollouts ({type(error).__name__}: {error})",
-             f"a rollouts.pt of format {FORMAT}", "make it with collect.py")
+        fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
     return rollouts
 
 
@@ -567,7 +560,7 @@ class Checkpoint:
             states.set_model_state_dict(policy, state["weights"], options=WHOLE)
             states.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
         for group in optimizer.param_groups:
-            group.update(optimizer.defaults)  # this run's learning rate; a loaded state has lists for tuples
+            group.update(optimizer.defaults)  # use this run's learning rate; loading turns tuples into lists
         if RANK == 0:
             (self.part / "args.json").write_text(json.dumps(self.settings))
         return state["step"], state["metrics"]
@@ -648,7 +641,7 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
     def received(self):
-        """By any rank."""
+        """Whether any rank received it."""
         if WORLD > 1:
             torch.distributed.all_reduce(self.flag, torch.distributed.ReduceOp.MAX)
         return bool(self.flag)
@@ -698,7 +691,9 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
     if args.group < 2:
-        fail("--group", args.group, "at least 2", "an advantage needs a variance")
+        fail("--group", args.group, "at least 2", "std R needs two responses")
+    if len({Path(path).stem for path in args.eval}) < len(args.eval):
+        fail("--eval", args.eval, "files with different names", "rename one: results are stored by name")
     for name in ("steps", "batch_size", "eval_every", "save_every", "eval_samples"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')}", getattr(args, name), "at least 1", "see --help")
@@ -709,7 +704,7 @@ def start(args):
     """Silences the libraries, joins torchrun's other ranks and sets this rank's device."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response is simply wrong
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response has reward 0
     if WORLD > 1:
         if args.device == "cuda":
             args.device += f":{os.environ['LOCAL_RANK']}"
@@ -756,7 +751,7 @@ def main():
                         logprobs, rewards, temperature, args)
         sampler.update(policy)
         truncated = [r[-1] not in rollouts["meta"]["eos_ids"] for r in responses]
-        row["clipped_ratio"] = sum(truncated) / len(truncated)
+        row["frac_truncated"] = sum(truncated) / len(truncated)
         done, seconds = done + 1, seconds + time.perf_counter() - began
         if done == args.steps or (step + 1) % args.eval_every == 0:
             row |= evaluate(sampler, tokenizer, tests, args)

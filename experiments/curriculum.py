@@ -24,6 +24,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -33,10 +34,12 @@ import transformers
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import plot
 import score
 import train_grpo
-from acceleration import RESULTS, ROOT, smoothed
+from acceleration import RESULTS, smoothed
 
 RUNS, OUT, WORLD = ROOT / "runs/acceleration", ROOT / "runs/curriculum", ROOT / "runs/toy-world"
 VARIANTS = ("no ratio", "fresh", "size")

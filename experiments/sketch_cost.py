@@ -77,7 +77,7 @@ def floor(policy, path, batch_tokens, shared):
     policy.requires_grad_(True)
     policy.zero_grad(set_to_none=False)
     began = time.perf_counter()
-    for batch, at_once, _ in sketch.plan_batches(sizes, k, batch_tokens):
+    for batch, at_once in sketch.plan_batches(sizes, k, batch_tokens):
         for first in range(0, k, at_once):
             rows = [(i, i * k + j) for i in batch for j in range(first, min(first + at_once, k))]
             texts, places = [responses[row] for _, row in rows], [row for _, row in rows]

@@ -45,6 +45,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
 sys.path.insert(0, str(ROOT))
+import collect
 import sketch
 
 KEEPS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.15, 0.3, 1.0)
@@ -66,7 +67,7 @@ class Rademacher(sketch.Projection):
         gradients = gradients.flatten(1)
         kept, _ = self.draw(name, gradients.shape[1])
         for number, block in enumerate(gradients.index_select(1, kept).split(512, dim=1)):
-            generator = torch.Generator().manual_seed(sketch.stream_seed(self.seed, name, number))
+            generator = torch.Generator().manual_seed(collect.stream_seed(self.seed, name, number))
             signs = torch.randint(2, (block.shape[1], self.dim), generator=generator, dtype=torch.int8)
             sums[:, :self.dim].addmm_(block, (signs * 2 - 1).to(block), alpha=self.dim**-0.5)
 
@@ -112,7 +113,7 @@ def gradients_of(policy, rollouts, prompts, projection, chosen=None, batch_token
     assert sketcher.batched
     sizes = {i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}
     plan = sketch.plan_batches(sizes, len(chosen), batch_tokens)
-    for batch, at_once, _ in tqdm(plan, desc="gradients", unit="batch"):
+    for batch, at_once in tqdm(plan, desc="gradients", unit="batch"):
         for first in range(0, len(chosen), at_once):
             some = chosen[first:first + at_once]
             rows = [i * k + j for i in batch for j in some]

@@ -34,13 +34,13 @@ def test_shared_functions_are_shared():
     """These copies must exist; otherwise renaming one copy would exclude it from the test above."""
     everywhere = {"collect", "sketch", "score", "train_grpo"}
     shared = {"fail": everywhere, "load_rollouts": everywhere - {"collect"},
-              "load_policy": everywhere - {"score"}, "stream_seed": everywhere - {"score"},
+              "load_policy": everywhere - {"score"}, "stream_seed": {"collect", "train_grpo"},
               "replacing": everywhere - {"train_grpo"}}
     for name in ("group_advantage", "output_logits", "token_logprobs"):
         shared[name] = {"sketch", "train_grpo"}
     for name in ("sample", "sample_vllm", "load_vllm", "verify", "load_tokenizer", "batches_by_tokens"):
         shared[name] = {"collect", "train_grpo"}
-    for name in ("assign_greedily", "barrier", "parts_folder", "fingerprint"):
+    for name in ("barrier", "parts_folder", "fingerprint"):
         shared[name] = {"collect", "sketch"}
     for name, scripts in shared.items():
         assert {Path(script).stem for script in STAGES if name in functions(script)} == scripts, name
@@ -61,7 +61,7 @@ def test_copies_stay_few():
     for script in STAGES:
         for name, source in functions(script).items():
             lines.setdefault(name, []).append(len(source.splitlines()))
-    assert sum(sum(counts[1:]) for counts in lines.values()) <= 300
+    assert sum(sum(counts[1:]) for counts in lines.values()) <= 250
 
 
 @pytest.mark.parametrize("script", STAGES)

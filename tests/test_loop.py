@@ -104,6 +104,18 @@ def test_loop_refuses_other_settings(micro_run, world):
     assert done.returncode == 2 and "LR=1e-2" in done.stderr and artefacts(run) == before
 
 
+def test_old_python_is_refused(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.2 && exit\nexit 1\n')
+    old.chmod(0o755)
+    for script in ("run_cropi.sh", "tests/run.sh"):
+        done = subprocess.run(["bash", ROOT / script], capture_output=True, text=True,
+                              env={**os.environ, "PYTHON": str(old), "RUN": str(tmp_path / "run")})
+        assert done.returncode == 2 and not done.stdout and not (tmp_path / "run").exists()
+        assert "is Python 3.9.2; expected Python 3.11 or later" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_preset_sets_what_the_environment_does_not(tmp_path):
     """The model does not exist: collect.py reports that after the settings have been written."""
     def loop(preset, **environment):
