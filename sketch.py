@@ -320,7 +320,7 @@ def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, tempera
     advantages [b * n] are prompt-major.
     """
     projection, b, n = sketcher.projection, len(prompts), len(responses) // len(prompts)
-    device, pad = projection.device, nn.utils.rnn.pad_sequence
+    device, pad = sketcher.policy.device, nn.utils.rnn.pad_sequence
     sums, prompts_per_pass = projection.zeros(b), b if sketcher.batched else 1
     for first in range(0, b, prompts_per_pass):
         end = first + prompts_per_pass
