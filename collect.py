@@ -189,6 +189,15 @@ def load_vllm(name, dtype, kv_tokens, context):
              "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
 
 
+def check_sampling(policy, name):
+    """Refuses a policy that `sample` cannot run, such as one without a cache of keys and values."""
+    try:
+        sample(policy, [[0], [0, 0]], 2, 1.0, 2, [0], [0, 1])
+    except Exception as error:
+        fail(name, f"a model that cannot be sampled ({error!r})", "a transformer with a KV cache",
+             "choose another model or --engine vllm")
+
+
 def fingerprint(policy):
     """sha256 of the parameters' names and bytes: equal for equal policies."""
     digest = hashlib.sha256()
@@ -455,7 +464,9 @@ def main():
     if args.k:
         policy = load_policy(args.model, args.device if args.engine == "hf" else "cpu", args.dtype)
         policy_fingerprint = fingerprint(policy)
-        if args.engine == "vllm":
+        if args.engine == "hf":
+            check_sampling(policy, args.model)
+        else:
             longest = max(len(prompt) for prompts, *_ in read for prompt in prompts)
             policy = load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
     for sources, (prompts, answers, families), out in zip(pools, read, args.out):

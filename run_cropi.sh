@@ -60,6 +60,7 @@ BATCH=${BATCH:-128}                   # prompts per GRPO step
 GROUP=${GROUP:-8}                     # responses per prompt in a GRPO step
 LR=${LR:-1e-6}                        # AdamW's learning rate, constant
 KL_COEF=${KL_COEF:-0.001}             # lambda_KL, the weight of the KL term to the base policy
+ENTROPY_COEF=${ENTROPY_COEF:-0.001}   # lambda_H, the weight of the entropy bonus
 EVAL_EVERY=${EVAL_EVERY:-10}          # steps between evaluations
 EVAL_SAMPLES=${EVAL_SAMPLES:-4}       # sampled responses per test prompt
 SAVE_EVERY=${SAVE_EVERY:-50}          # steps between checkpoints within a phase
@@ -68,8 +69,6 @@ KV_TOKENS=${KV_TOKENS:-65536}         # tokens in each rank's KV cache; lower it
 BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens per micro-batch; lower it if gradients run out of memory
 DTYPE=${DTYPE:-float32}               # float32 or bfloat16; training keeps float32 weights in both cases
 NPROC=${NPROC:-1}                     # ranks (GPUs) on this machine; more than 1 uses torchrun
-GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-}   # non-empty: activation checkpointing in training (less
-                                      # memory, a third more arithmetic)
 SEED=${SEED:-0}                       # of sampling, projection and random choices
 PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .venv, made on first use
 
@@ -161,7 +160,7 @@ collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${va
 # ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD
     local method=$1 folder=$RUN/$1 policy=$MODEL optimizer=() m phase val name
-    settings "$folder" PHASES STEPS ALPHA KEEP DIM RRF_C BATCH GROUP LR KL_COEF EVAL_EVERY EVAL_SAMPLES \
+    settings "$folder" PHASES STEPS ALPHA KEEP DIM RRF_C BATCH GROUP LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES \
         SAVE_EVERY
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
@@ -194,7 +193,7 @@ run_method() { # METHOD
             --steps "$STEPS" --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" \
             --eval-every "$EVAL_EVERY" --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" \
             --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --batch-tokens "$BATCH_TOKENS" \
-            --dtype "$DTYPE" --seed "$SEED" ${GRADIENT_CHECKPOINTING:+--gradient-checkpointing} \
+            --dtype "$DTYPE" --seed "$SEED" --entropy-coef "$ENTROPY_COEF" \
             ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy optimizer=(--optimizer "$phase/policy/optimizer.pt")
     done

@@ -2,9 +2,9 @@
 
 For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the current policy, which maximizes
 
-    J(theta) = 1/G sum_i 1/|o_i| sum_t [ min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 ]
-    A_i = (R_i - mean R) / (std R + 1e-4)     rho = pi_theta / pi_old
-    k3 = e^D - D - 1,  D = log pi_ref - log pi_theta
+    J(theta) = 1/G sum_i 1/|o_i| sum_t [min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 + lambda_H H]
+    A_i = (R_i - mean R) / (std R + 1e-4)                  rho = pi_theta / pi_old
+    k3 = e^D - D - 1,  D = log pi_ref - log pi_theta       H = entropy of pi_theta(. | s_t)
 
 averaged over the batch's prompts. AdamW makes one update per batch: pi_old is pi_theta itself, rho is 1 with
 the gradient of log pi, and clipping never applies. pi_ref is --ref, the policy before any RL, in every phase.
@@ -17,10 +17,11 @@ Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its met
         --optimizer  optimizer.pt of the previous phase: AdamW's state and the step count continue from it.
 Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimizer.pt, args.json, TensorBoard
                      files if TensorBoard is installed, and metrics.jsonl, one JSON object per step: step
-                     (over all phases), reward, frac_reward_zero_std (share of groups with equal rewards), kl,
-                     sampling_logp_difference (mean |trainer's log-prob - sampler's| per token), grad_norm,
-                     tokens, frac_truncated (share of responses that reach the length limit), seconds (of
-                     this phase's training, without evaluation), sampling_seconds (of this step), eval.
+                     (over all phases), reward, frac_reward_zero_std (share of groups with equal rewards), kl
+                     and entropy (per token, nats), sampling_logp_difference (mean |trainer's log-prob -
+                     sampler's| per token), grad_norm, tokens, frac_truncated (share of responses that reach
+                     the length limit), seconds (of this phase's training, without evaluation),
+                     sampling_seconds (of this step), eval.
 
 The run works in OUT.part and renames it at the end. If it is stopped (Ctrl-C saves a checkpoint) or killed,
 the same command resumes from the last checkpoint (--save-every) and, with the same number of threads, ends
@@ -29,12 +30,10 @@ precision: weights and AdamW's state stay float32. Under torchrun, FSDP2 shards 
 state, and each rank samples its share of the prompts. Its files are those of a run without torchrun; either
 resumes the other's checkpoints.
 
-Differs from the paper: there is no entropy bonus (the paper's coefficient is 0.001).
-
     python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --out policy \\
         --eval test.pt --steps 30 --batch-size 64 --lr 1e-4
     torchrun --nproc_per_node 8 train_grpo.py --model MODEL --rollouts train.pt --select selected.npy \\
-        --out policy --steps 100 --dtype bfloat16 --gradient-checkpointing
+        --out policy --steps 100 --dtype bfloat16
 """
 
 import argparse
@@ -89,124 +88,177 @@ def kl_k3(logp, logp_ref):
     return delta.exp() - delta - 1
 
 
-def grpo_objective(logp, logp_old, logp_ref, advantages, mask, clip, kl_coef):
-    """1/|o_i| sum_t [ min(rho A_i, clip(rho, 1 - clip, 1 + clip) A_i) - kl_coef k3 ], one per response.
+def token_entropy(logits, mask):
+    """H = -sum_x pi(x | s_t) log pi(x | s_t) [B, R] of softmax(logits), logits [B, R, V]; 0 outside mask."""
+    logp = logits.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0)
+
+
+def grpo_objective(logp, logp_old, logp_ref, entropy, advantages, mask, clip, kl_coef, entropy_coef):
+    """1/|o_i| sum_t [ min(rho A_i, clip(rho, 1 - clip, 1 + clip) A_i) - kl_coef k3 + entropy_coef H ].
 
     logp, logp_old, logp_ref: [B, T] log-probs of the response tokens under pi_theta, pi_old and pi_ref (None:
-    no KL term). advantages: [B]. mask: bool [B, T], True where a token exists. Returns [B]; J is its mean.
+    no KL term). entropy: [B, T]. advantages: [B]. mask: bool [B, T], True where a token exists. Returns [B],
+    one number per response; J is its mean.
     """
     ratio = (logp - logp_old).exp()  # [B, T]
     advantages = advantages[:, None]
     tokens = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    tokens = tokens + entropy_coef * entropy
     if logp_ref is not None:
         tokens = tokens - kl_coef * kl_k3(logp, logp_ref)
     return (tokens * mask).sum(1) / mask.sum(1)
 
 
 # ---- the model: forward pass and update ----
-def last_hidden(policy, tokens, **inputs):
-    """The hidden states [B, T, H] before the policy's output layer, whose logits are not computed."""
-    found = []
-    hook = policy.base_model.register_forward_hook(lambda module, arguments, output: found.append(output[0]))
-    try:
-        policy(tokens, logits_to_keep=1, **inputs)
-    finally:
-        hook.remove()
-    return found[0]
-
-
-def output_logits(policy, hidden):
-    """Logits [B, T, V] of hidden states [B, T, H]: the output layer and, in Gemma 2, its soft cap."""
+def output_logits(policy, hidden, temperature):
+    """float32 logits / temperature [B, R, V] of hidden states [B, R, H]: output layer and Gemma 2's cap."""
     logits = policy.get_output_embeddings()(hidden)
     cap = getattr(policy.config, "final_logit_softcapping", None)
-    return cap * (logits / cap).tanh() if cap else logits
+    return (cap * (logits / cap).tanh() if cap else logits).float() / temperature
 
 
-def token_logprobs(policy, hidden, targets, mask, temperature):
-    """log pi(x_t | s_t) [B, R] of the tokens `targets` [B, R], under softmax(logits / temperature).
+def token_logprobs(logits, targets, mask):
+    """log pi(x_t | s_t) [B, R] of the tokens `targets` [B, R] under softmax(logits), logits [B, R, V].
 
-    hidden: [B, R, H], the states that predict them. mask: bool [B, R], where a token exists; 0 elsewhere.
+    mask: bool [B, R], True where a token exists; the result is 0 elsewhere.
     """
-    logits = output_logits(policy, hidden).float() / temperature  # [B, R, V]
     logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return logp.view(mask.shape).masked_fill(~mask, 0)
 
 
-def response_hidden(policy, prompts, responses):
-    """The hidden states that predict each response token.
+def group_hidden(base_model, prompts, responses):
+    """The hidden states that predict each response token, of b prompts with n responses each.
 
-    prompts, responses: B sequences of token ids. Returns hidden [B, R, H], R the length of the longest
-    response, the response tokens [B, R] and the bool mask [B, R] of those that exist. Rows are padded on the
-    right, which a causal model cannot see: so the rest of its batch changes a row by rounding only.
+    base_model: the policy without its output layer. prompts: b sequences of token ids; responses: b * n
+    sequences, prompt-major. Returns hidden [b * n, R, H], R the length of the longest response, the response
+    tokens [b * n, R] and the bool mask [b * n, R] of those that exist.
+
+    A prompt is read once: its n responses share its cached keys and values, through which their gradients
+    flow back. Prompts are padded on the left and masked; responses are padded on the right, which no token
+    attends to. So the composition of the batch changes results by rounding only.
     """
-    pad, device, rows = nn.utils.rnn.pad_sequence, policy.device, []
-    for prompt, response in zip(prompts, responses):
-        rows.append(torch.cat([torch.as_tensor(prompt), torch.as_tensor(response)]).long())
-    hidden = last_hidden(policy, pad(rows, batch_first=True).to(device), use_cache=False)  # [B, T, H]
-    targets = pad([torch.as_tensor(r).long() for r in responses], batch_first=True).to(device)  # [B, R]
+    pad, device, n = nn.utils.rnn.pad_sequence, base_model.device, len(responses) // len(prompts)
+    cache = DynamicCache(config=base_model.config)
+    prompts = [torch.as_tensor(prompt).long() for prompt in prompts]
+    responses = [torch.as_tensor(response).long() for response in responses]
+    tokens = pad(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
+    lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [b, 1]
+    positions = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative on padding
+    attention = (positions >= 0).long()
+    hidden = base_model(tokens, attention_mask=attention, position_ids=positions.clamp(min=0),
+                        past_key_values=cache)[0]
+    hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
+
+    targets = pad(responses, batch_first=True).to(device)  # [b * n, R]
     steps = torch.arange(targets.shape[1], device=device)
-    mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]
-    starts = torch.tensor([len(p) for p in prompts], device=device)[:, None] - 1  # of the last prompt token
-    places = (starts + steps).clamp(max=hidden.shape[1] - 1)[..., None]
-    return hidden.gather(1, places.expand(-1, -1, hidden.shape[2])), targets, mask
+    mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]  # [b * n, R]
+    if len(steps) > 1:
+        cache.batch_repeat_interleave(n)
+        inputs, positions = targets[:, :-1], lengths.repeat_interleave(n, 0) + steps[:-1]
+        attention = torch.cat([attention.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
+        later = base_model(inputs, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
+        hidden = torch.cat([hidden, later], 1)
+    return hidden, targets, mask
+
+
+def base_model(policy):
+    """The policy without its output layer; under FSDP the policy itself, whose forward pass is replaced."""
+    return policy if WORLD > 1 else policy.base_model
 
 
 def split_rows(policy, mask):
     """The rows of a batch in groups whose logits fit into LOGITS numbers: tensors of indices."""
-    logits = mask.shape[1] * policy.config.get_text_config().vocab_size  # of one response
-    return torch.arange(len(mask), device=mask.device).split(max(1, LOGITS // logits))
+    logits_per_response = mask.shape[1] * policy.config.get_text_config().vocab_size
+    return torch.arange(len(mask), device=mask.device).split(max(1, LOGITS // logits_per_response))
 
 
 @torch.no_grad()
-def response_logprobs(policy, prompts, responses, temperature):
-    """log pi(x_t | s_t) of each response token [B, R], and the bool mask [B, R] of those that exist."""
-    hidden, targets, mask = response_hidden(policy, prompts, responses)
+def group_logprobs(policy, prompts, responses, temperature):
+    """log pi(x_t | s_t) [b * n, R] of n responses to each of b prompts, and the mask of tokens that exist."""
+    hidden, targets, mask = group_hidden(base_model(policy), prompts, responses)
     logprobs = []
     for some in split_rows(policy, mask):
-        logprobs.append(token_logprobs(policy, hidden[some], targets[some], mask[some], temperature))
+        logits = output_logits(policy, hidden[some], temperature)
+        logprobs.append(token_logprobs(logits, targets[some], mask[some]))
     return torch.cat(logprobs), mask
+
+
+def plan_batches(sizes, k, budget):
+    """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
+
+    sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
+    prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
+    """
+    def tokens(batch):
+        own, longest = (max(column) for column in zip(*(sizes[i] for i in batch)))
+        return len(batch) * (own + k * longest)
+
+    plan = []
+    for prompt in sorted(sizes, key=lambda i: -tokens([i])):
+        if plan and tokens([*plan[-1][0], prompt]) <= budget:
+            plan[-1][0].append(prompt)
+        else:
+            own, longest = sizes[prompt]
+            plan.append(([prompt], max(1, min(k, (budget - own) // longest))))
+    return plan
+
+
+def plan_passes(prompts, responses, group, budget):
+    """Micro-batches [(prompts, responses)]: indices of the prompts and of the responses in each."""
+    sizes, passes = {}, []
+    for j, prompt in enumerate(prompts):
+        sizes[j] = len(prompt), max(len(response) for response in responses[j * group:(j + 1) * group])
+    for batch, rows in plan_batches(sizes, group, budget):
+        for first in range(0, group, rows):
+            end = min(first + rows, group)
+            passes.append((batch, [j * group + i for j in batch for i in range(first, end)]))
+    return passes
 
 
 def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, rewards, temperature, args):
     """One AdamW update towards higher J on a batch of groups. Returns its row of metrics.jsonl.
 
-    prompts: B lists; responses, logp_sampled: B*G lists, prompt-major; rewards: [B, G]. J is a mean over the
-    B*G responses; each micro-batch of --batch-tokens on each rank adds its part.
+    prompts: B sequences of token ids; responses, logp_sampled: B*G lists, prompt-major; rewards: [B, G]. J is
+    a mean over the B*G responses, to which each micro-batch of --batch-tokens contributes.
     """
     group, total_tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
-    advantages = group_advantage(rewards).flatten().to(device)  # [B*G]
-    sums = torch.zeros(2, device=device)  # over all tokens: of k3 and of |logp - logp_sampled|
-    lengths = [len(prompts[i // group]) + len(response) for i, response in enumerate(responses)]
-    plan = batches_by_tokens(lengths, args.batch_tokens)
-    for turn in range(0, len(plan), WORLD):
-        mine = turn + RANK < len(plan)  # FSDP needs all ranks in every turn; one without work has weight 0
-        rows = plan[turn + RANK if mine else 0]
-        queries, answers = [prompts[i // group] for i in rows], [responses[i] for i in rows]
-        checkpoint_layers(policy, True)
-        hidden, targets, mask = response_hidden(policy, queries, answers)  # [b, R, H], [b, R], [b, R]
-        checkpoint_layers(policy, False)
-        logp_ref = response_logprobs(reference, queries, answers, temperature)[0] if reference else None
-        sampled = torch.tensor([x for i in rows for x in logp_sampled[i]], device=device)
-        sampled = torch.zeros(mask.shape, device=device).masked_scatter_(mask, sampled)  # [b, R]
-        leaf, here = hidden.detach().requires_grad_(), advantages[torch.tensor(rows, device=device)]
-        for some in split_rows(policy, mask):  # the logits do not fit at once, so the output layer goes first
-            logp = token_logprobs(policy, leaf[some], targets[some], mask[some], temperature)
+    pad, advantages = nn.utils.rnn.pad_sequence, group_advantage(rewards).flatten().to(device)  # [B*G]
+    sums = torch.zeros(3, device=device)  # over all tokens: of k3, H and |logp - logp_sampled|
+    passes = plan_passes(prompts, responses, group, args.batch_tokens)
+    for turn in range(0, len(passes), WORLD):
+        mine = turn + RANK < len(passes)  # FSDP needs all ranks in every turn; one without work has weight 0
+        batch, rows = passes[turn + RANK if mine else 0]
+        batch_prompts, batch_responses = [prompts[j] for j in batch], [responses[r] for r in rows]
+        hidden, targets, mask = group_hidden(base_model(policy), batch_prompts, batch_responses)
+        logp_ref = None
+        if reference:
+            logp_ref, _ = group_logprobs(reference, batch_prompts, batch_responses, temperature)
+        sampled = pad([torch.tensor(logp_sampled[r]) for r in rows], batch_first=True).to(device)
+        leaf = hidden.detach().requires_grad_()  # the output layer goes first, some responses at a time
+        weights = advantages[torch.tensor(rows, device=device)]  # [b * n]
+        for some in split_rows(policy, mask):
+            logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
+            logp = token_logprobs(logits, targets[some], mask[some])
+            entropy = token_entropy(logits, mask[some])
             ref = logp_ref[some] if reference else None
-            objective = grpo_objective(logp, logp.detach(), ref, here[some], mask[some], CLIP, args.kl_coef)
+            objective = grpo_objective(logp, logp.detach(), ref, entropy, weights[some], mask[some], CLIP,
+                                       args.kl_coef, args.entropy_coef)
             (-objective.sum() * mine * WORLD / len(responses)).backward()  # FSDP takes the mean over ranks
             k3 = kl_k3(logp.detach(), ref) if reference else torch.zeros_like(logp)
-            gap = (logp.detach() - sampled[some]).abs()
-            sums += mine * torch.stack([(k3 * mask[some]).sum(), gap.sum()])
+            difference = (logp.detach() - sampled[some]).abs()
+            sums += mine * torch.stack([(k3 * mask[some]).sum(), entropy.detach().sum(), difference.sum()])
         hidden.backward(leaf.grad)
     if WORLD > 1:
         torch.distributed.all_reduce(sums)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    kl, gap = (sums / total_tokens).tolist()
+    kl, entropy, difference = (sums / total_tokens).tolist()
     zero_std = (rewards.std(1) == 0).float().mean()
     return {"reward": float(rewards.mean()), "frac_reward_zero_std": float(zero_std), "tokens": total_tokens,
-            "kl": kl, "sampling_logp_difference": gap, "grad_norm": float(whole(grad_norm))}
+            "kl": kl, "entropy": entropy, "sampling_logp_difference": difference,
+            "grad_norm": float(whole(grad_norm))}
 
 
 def whole(tensor):
@@ -214,29 +266,39 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def checkpoint_layers(policy, on):
-    """Switches enabled activation checkpointing; it is off for sampling, since such layers fill no cache."""
-    for module in policy.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = on
+def check_forward(policy):
+    """Refuses a policy whose own logits are not those of group_hidden and output_logits.
+
+    Returns what it was tried on: 2 random prompts and 2 random responses to each, token ids on the CPU.
+    """
+    rng, vocabulary = torch.Generator().manual_seed(0), policy.get_input_embeddings().num_embeddings
+    tokens = [torch.randint(vocabulary, (length,), generator=rng) for length in (3, 5, 4, 6, 2, 5)]
+    prompts, responses, tolerance = tokens[:2], tokens[2:], 1e-3 if policy.dtype == torch.float32 else 5e-2
+    try:
+        with torch.no_grad():
+            found = output_logits(policy, group_hidden(policy.base_model, prompts, responses)[0], 1.0)[0, :4]
+            expected = policy(torch.cat([prompts[0], responses[0]])[None].to(policy.device)).logits[0, 2:6]
+            same = (found - expected).norm() <= tolerance * expected.norm()  # [4, V]; false for NaN
+    except Exception as error:  # a cache that cannot be repeated, for example
+        fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
+             "choose another model")
+    if not same:
+        fail(policy.name_or_path, "logits that are not the output layer's, or not those with a KV cache",
+             "an ordinary transformer", "choose another model")
+    return prompts, responses
 
 
 def build_policy(name, args):
     """The policy or the reference, in float32: sharded by FSDP2 under torchrun, otherwise under autocast."""
-    policy = load_policy(name, args.device if WORLD == 1 else "cpu", "float32")  # it may fit in shards only
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=policy.device)
-    with torch.no_grad():
-        ours = output_logits(policy, last_hidden(policy, tokens))
-        if not torch.allclose(policy(tokens).logits, ours, rtol=1e-2):
-            fail(name, "logits that are scaled after the output layer", "logits that are not",
-                 "choose another model")
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+    device = args.device if WORLD == 1 else "cpu"  # a GPU may have room for shards only
+    policy = load_policy(name, device, "float32")
+    check_forward(policy)
     if WORLD == 1:  # mixed precision: an update of 1e-6 would be rounded away in bfloat16 weights
-        for module in (policy, policy.get_output_embeddings()):
+        for module in (policy, policy.base_model, policy.get_output_embeddings()):
             autocast = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
             module.forward = autocast(module.forward)
         return policy
+    policy.forward = policy.base_model.forward  # what FSDP gathers the weights for
     precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32)
     mesh = torch.distributed.init_device_mesh(torch.device(args.device).type, (WORLD,))
     for module in [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)] + [policy]:
@@ -540,7 +602,7 @@ class Checkpoint:
 
     def __init__(self, args, selected):
         self.out, self.part, self.model = args.out, args.out.with_name(args.out.name + ".part"), args.model
-        memory = ("kv_tokens", "batch_tokens", "device", "gradient_checkpointing")  # may change when resuming
+        memory = ("kv_tokens", "batch_tokens", "device")  # may change when resuming
         settings = {name: value for name, value in vars(args).items() if name not in memory}
         self.settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
 
@@ -676,6 +738,7 @@ def parse_arguments():
     parser.add_argument("--group", type=int, default=8, help="responses per prompt, G (8)")
     parser.add_argument("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant (1e-6)")
     parser.add_argument("--kl-coef", type=float, default=1e-3, help="lambda_KL (0.001); 0: no reference")
+    parser.add_argument("--entropy-coef", type=float, default=1e-3, help="lambda_H (0.001)")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (1.0)")
     parser.add_argument("--eval-every", type=int, default=10, help="steps between evaluations (10)")
     parser.add_argument("--eval-samples", type=int, default=4, help="responses per test prompt (4)")
@@ -686,8 +749,6 @@ def parse_arguments():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
                         help="of the arithmetic (float32)")
-    parser.add_argument("--gradient-checkpointing", action="store_true",
-                        help="activation checkpointing: less memory, a third more arithmetic")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
     if args.group < 2:

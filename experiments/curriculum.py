@@ -70,7 +70,7 @@ def rollouts_for(variant, policy, old, folder, seed):
             for start in range(0, len(prompts), 512):
                 some = slice(start, start + 512)
                 responses = [ragged["responses"][i] for i in range(len(prompts))[some]]
-                logp, mask = train_grpo.response_logprobs(model, prompts[some], responses, temperature)
+                logp, mask = train_grpo.group_logprobs(model, prompts[some], responses, temperature)
                 logprobs.append(logp[mask])
             torch.save({**rollouts, "logprobs": torch.cat(logprobs)}, path)
         else:

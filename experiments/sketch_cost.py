@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import score
 import sketch
-import train_grpo
 
 PARTS = ["score", "memory", "toy", "smollm2", "dense"]
 
@@ -66,6 +65,17 @@ def prompts_with_variance(path):
     return (sketch.load_rollouts(path)["rewards"].std(1) > 0).nonzero()[:, 0].tolist()
 
 
+def row_hidden(base_model, prompts, responses):
+    """What group_hidden returns, from one ordinary forward pass over rows of a prompt and a response."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    rows = pad([torch.cat([p, r]).long() for p, r in zip(prompts, responses)], batch_first=True)  # [B, T]
+    hidden, steps = base_model(rows, use_cache=False)[0], torch.arange(max(map(len, responses)))
+    places = torch.tensor([len(p) - 1 for p in prompts])[:, None] + steps  # the states before each token
+    hidden = hidden[torch.arange(len(rows))[:, None], places.clamp(max=rows.shape[1] - 1)]  # [B, R, H]
+    mask = steps < torch.tensor([len(r) for r in responses])[:, None]
+    return hidden, pad([r.long() for r in responses], batch_first=True), mask
+
+
 def floor(policy, path, batch_tokens, shared):
     """Seconds of a plain forward and backward pass over the trajectories of prompts with reward variance."""
     rollouts = sketch.load_rollouts(path)
@@ -82,10 +92,11 @@ def floor(policy, path, batch_tokens, shared):
             rows = [(i, i * k + j) for i in batch for j in range(first, min(first + at_once, k))]
             texts, places = [responses[row] for _, row in rows], [row for _, row in rows]
             if shared:
-                found = sketch.group_hidden(policy, [prompts[i] for i in batch], texts)
+                found = sketch.group_hidden(policy.base_model, [prompts[i] for i in batch], texts)
             else:
-                found = train_grpo.response_hidden(policy, [prompts[i] for i, _ in rows], texts)
-            logp, mask = sketch.token_logprobs(policy, *found, 1.0), found[-1]
+                found = row_hidden(policy.base_model, [prompts[i] for i, _ in rows], texts)
+            hidden, targets, mask = found
+            logp = sketch.token_logprobs(sketch.output_logits(policy, hidden, 1.0), targets, mask)
             beta = torch.cat([rollouts["logprobs"][row] for row in places])
             beta = torch.zeros_like(logp).masked_scatter_(mask, beta)
             sketch.off_policy_surrogate(logp, beta, advantages.flatten()[places], mask, k).backward()

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_grpo
 
-PROMPTS, GROUP, LR, KL = 64, 8, 1e-4, 1e-3  # per step, as in the toy
+PROMPTS, GROUP, LR, KL, ENTROPY = 64, 8, 1e-4, 1e-3, 1e-3  # per step, as in the toy
 
 
 def timed(function, clock, part, applies=lambda: True):
@@ -50,13 +50,14 @@ def without_gradient():
 
 def ours(model, rollouts, tokenizer, steps, micro):
     """Our steps: [(sampled tokens, {part: seconds})]. micro: tokens per micro-batch."""
-    args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, kl_coef=KL, max_grad_norm=1.0)
+    args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, kl_coef=KL,
+                              entropy_coef=ENTROPY, max_grad_norm=1.0)
     policy, reference = (train_grpo.load_policy(model, "cpu", "float32") for _ in range(2))
     sampler, temperature = train_grpo.Sampler(args, [rollouts]), rollouts["meta"]["temperature"]
     sampler.update(policy)
     optimizer, found = torch.optim.AdamW(policy.parameters(), lr=LR), []
-    clock, original = {}, train_grpo.response_logprobs
-    train_grpo.response_logprobs = timed(original, clock, "log-probs of the reference")
+    clock, original = {}, train_grpo.group_logprobs
+    train_grpo.group_logprobs = timed(original, clock, "log-probs of the reference")
     for step in range(steps):
         began, clock["log-probs of the reference"] = time.perf_counter(), 0.0
         batch = train_grpo.batch_of_step(range(len(rollouts["prompts"])), PROMPTS, step, 0)
@@ -69,7 +70,7 @@ def ours(model, rollouts, tokenizer, steps, micro):
         ended = time.perf_counter()
         seconds = {"step": ended - began, "sampling and verifying": sampled - began, **clock}
         found.append((sum(map(len, drawn)), seconds))
-    train_grpo.response_logprobs = original
+    train_grpo.group_logprobs = original
     return found
 
 

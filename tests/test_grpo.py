@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from transformers import Qwen2Tokenizer
 
 import train_grpo
 
-CLIP, KL = 0.2, 0.05
+CLIP, KL, ENTROPY = 0.2, 0.05, 0.03
 
 
 def test_objective_and_gradient_in_closed_form():
-    """The KL term and every branch of the min: ratios beyond both clips, advantages of both signs."""
+    """The KL and entropy terms and every branch of the min: ratios beyond both clips, both signs of A."""
     rng = torch.Generator().manual_seed(0)
     shape = (6, 9)
     logp = (-2 + torch.randn(shape, generator=rng, dtype=torch.float64)).requires_grad_()
@@ -26,8 +27,10 @@ def test_objective_and_gradient_in_closed_form():
     advantages = torch.tensor([1.5, -0.7, 0.3, -2.0, 0.0, 1.0], dtype=torch.float64)
     lengths = [9, 1, 5, 7, 3, 8]
     mask = torch.arange(9) < torch.tensor(lengths)[:, None]
-    found = train_grpo.grpo_objective(logp, old, ref, advantages, mask, CLIP, KL)
-    slope = torch.autograd.grad(found.sum(), logp)[0]
+    entropy = torch.rand(shape, generator=rng, dtype=torch.float64).requires_grad_()
+    found = train_grpo.grpo_objective(logp, old, ref, entropy, advantages, mask, CLIP, KL, ENTROPY)
+    slope, entropy_slope = torch.autograd.grad(found.sum(), (logp, entropy))
+    torch.testing.assert_close(entropy_slope, ENTROPY * mask.double() / mask.sum(1, keepdim=True))
     clipped = {True: 0, False: 0}
     for i in range(6):
         total = 0.0
@@ -41,15 +44,36 @@ def test_objective_and_gradient_in_closed_form():
             ratio = torch.tensor(x - old[i, t].item(), dtype=torch.float64).exp().item()
             outside = ratio > 1 + CLIP if a > 0 else ratio < 1 - CLIP  # the clipped term is the minimum
             total += (min(max(ratio, 1 - CLIP), 1 + CLIP) if outside else ratio) * a - KL * k3
+            total += ENTROPY * entropy[i, t].item()
             pull = KL * (torch.tensor(delta, dtype=torch.float64).exp().item() - 1)
             expected = (0 if outside else ratio * a) + pull
             assert slope[i, t].item() == pytest.approx(expected / lengths[i], abs=1e-12)
             clipped[outside and a != 0] += 1
         assert found[i].item() == pytest.approx(total / lengths[i], abs=1e-12)
     assert min(clipped.values()) >= 5
-    free = train_grpo.grpo_objective(logp, old, None, advantages, mask, CLIP, KL)
+    free = train_grpo.grpo_objective(logp, old, None, entropy, advantages, mask, CLIP, KL, ENTROPY)
     penalty = (train_grpo.kl_k3(logp, ref) * mask).sum(1) / mask.sum(1)
     torch.testing.assert_close(found, free - KL * penalty)
+
+
+def test_entropy_and_gradient_in_closed_form():
+    """H = -sum p log p and dH/dz_x = -p_x (log p_x + H), per token by scalars in float64."""
+    logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = (4 * logits).requires_grad_()  # from nearly certain to nearly uniform
+    mask = torch.tensor([[True] * 4, [True] * 2 + [False] * 2, [True] + [False] * 3])
+    found = train_grpo.token_entropy(logits, mask)
+    slope = torch.autograd.grad(found.sum(), logits)[0]
+    for i in range(3):
+        for t in range(4):
+            if not mask[i, t]:
+                assert found[i, t] == 0 and not slope[i, t].any()
+                continue
+            weights = [math.exp(z) for z in logits[i, t].tolist()]
+            p = [weight / sum(weights) for weight in weights]
+            entropy = -sum(x * math.log(x) for x in p)
+            assert found[i, t].item() == pytest.approx(entropy, abs=1e-12)
+            expected = [-x * (math.log(x) + entropy) for x in p]
+            assert slope[i, t].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_advantages():
@@ -77,12 +101,11 @@ def one_step(batch_tokens, optimizer=lambda parameters: torch.optim.SGD(paramete
         responses.append(torch.randint(29, (length,), generator=rng).tolist())
     policy, reference = tiny_qwen(tied=True), tiny_qwen(tied=True, seed=5)
     before = copy.deepcopy(policy).double()
-    prompts = [p for p in PROMPTS for _ in range(4)]
-    logp, mask = train_grpo.response_logprobs(policy, prompts, responses, 0.8)
+    logp, mask = train_grpo.group_logprobs(policy, PROMPTS, responses, 0.8)
     noise = 0.3 * torch.randn(logp.shape, generator=rng)
     old = [(logp[i] + noise[i])[mask[i]].tolist() for i in range(12)]
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
-    args = argparse.Namespace(kl_coef=KL, max_grad_norm=1e9, batch_tokens=batch_tokens)
+    args = argparse.Namespace(kl_coef=KL, entropy_coef=ENTROPY, max_grad_norm=1e9, batch_tokens=batch_tokens)
     row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters()), PROMPTS, responses, old,
                                rewards, 0.8, args)
     pairs = zip(policy.parameters(), before.parameters())
@@ -93,21 +116,24 @@ def one_step(batch_tokens, optimizer=lambda parameters: torch.optim.SGD(paramete
 def test_step_is_the_gradient_of_the_objective():
     """One SGD step with learning rate 1 adds the gradient of J, computed here per token in float64."""
     move, row, (policy, reference, responses, old, rewards) = one_step(10**6)
-    total, gap = 0, 0
+    total, gap, entropies = 0, 0, 0
     for i, response in enumerate(responses):
         group = rewards[i // 4].double()
         advantage = (group[i % 4] - group.mean()) / (group.std() + 1e-4)
         for t, token in enumerate(response):
             state = torch.tensor([PROMPTS[i // 4] + response[:t]])
-            logp = torch.log_softmax(policy(state).logits[0, -1] / 0.8, -1)[token]
+            distribution = torch.log_softmax(policy(state).logits[0, -1] / 0.8, -1)
+            logp, entropy = distribution[token], -(distribution.exp() * distribution).sum()
             delta = torch.log_softmax(reference(state).logits[0, -1] / 0.8, -1)[token].detach() - logp
             ratio = (logp - logp.detach()).exp()  # pi_old is the policy itself: one update per batch
-            gain = ratio * advantage - KL * (delta.exp() - delta - 1)
+            gain = ratio * advantage - KL * (delta.exp() - delta - 1) + ENTROPY * entropy
             gap += abs(logp.item() - old[i][t])
+            entropies += entropy.item()
             total = total + gain / len(response) / 12
     truth = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
     assert relative_error(move, truth) <= 1e-4
-    mean_gap = gap / sum(map(len, responses))
+    mean_gap, mean_entropy = (x / sum(map(len, responses)) for x in (gap, entropies))
+    assert row["entropy"] == pytest.approx(mean_entropy, rel=1e-4) and mean_entropy > 1
     assert row["sampling_logp_difference"] == pytest.approx(mean_gap, rel=1e-4) and gap > 1
 
 

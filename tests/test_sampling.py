@@ -9,7 +9,6 @@ from conftest import tiny_qwen
 
 import collect
 import sketch
-import train_grpo
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 2, 3], [4, 4]]
 
@@ -27,14 +26,11 @@ def test_ratio_is_one_at_the_behaviour_policy(tmp_path, temperature):
         {"eos_token_id": 1, "do_sample": True, "top_k": 20, "repetition_penalty": 1.05, "temperature": 0.7}))
     policy = collect.load_policy(tmp_path, "cpu", "float32")
     responses, logprobs = draw(policy, temperature=temperature)
-    prompts = [p for p in PROMPTS for _ in range(6)]
-    drawn = torch.tensor([x for row in logprobs for x in row])
-    for hidden_of, its_prompts in ((sketch.group_hidden, PROMPTS), (train_grpo.response_hidden, prompts)):
-        hidden, targets, mask = hidden_of(policy, its_prompts, responses)
-        logp = sketch.token_logprobs(policy, hidden, targets, mask, temperature)
-        assert mask.sum() == sum(map(len, responses)) > 100
-        beta = torch.zeros_like(logp).masked_scatter_(mask, drawn)
-        assert (sketch.token_ratio(logp, beta)[mask] - 1).abs().max() <= 1e-4
+    hidden, targets, mask = sketch.group_hidden(policy.base_model, PROMPTS, responses)
+    logp = sketch.token_logprobs(sketch.output_logits(policy, hidden, temperature), targets, mask)
+    assert mask.sum() == sum(map(len, responses)) > 100
+    beta = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for row in logprobs for x in row]))
+    assert (sketch.token_ratio(logp, beta)[mask] - 1).abs().max() <= 1e-4
     assert len({token for row in responses for token in row}) > 20  # top_k = 20 allows fewer per position
 
 

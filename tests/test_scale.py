@@ -96,7 +96,7 @@ def test_logits_of_a_real_vocabulary_exist_in_parts():
     responses = [torch.randint(9, 152064, (60,), generator=generator).tolist() for _ in range(16)]
     made, rewards = [], torch.tensor([[0.0, 1.0] * 4] * 2)
     policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
-    args = SimpleNamespace(batch_tokens=10**6, kl_coef=0.0, max_grad_norm=1.0)
+    args = SimpleNamespace(batch_tokens=10**6, kl_coef=0.0, entropy_coef=0.001, max_grad_norm=1.0)
     train_grpo.grpo_step(policy, None, torch.optim.AdamW(policy.parameters()), prompts, responses,
                          [[0.0] * 60] * 16, rewards, 1.0, args)
     sketcher = sketch.Sketcher(policy, sketch.Projection(0, 0.001, 64, "cpu"))
@@ -190,7 +190,7 @@ def test_two_processes_train_the_same(micro_run, world, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     arguments = training(micro_run[0], world, one)
     subprocess.run([sys.executable, *map(str, [ROOT / arguments[0], *arguments[1:]])], check=True)
-    shards(training(micro_run[0], world, two, "--gradient-checkpointing"))
+    shards(training(micro_run[0], world, two))
     rows = [[json.loads(line) for line in open(out / "metrics.jsonl")] for out in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 5
     for first, second in zip(*rows):

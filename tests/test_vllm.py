@@ -37,7 +37,7 @@ def test_every_ratio_is_one_at_the_base_policy(rollouts, world):
     ours, k = rollouts["vllm"], int(K)
     policy = train_grpo.load_policy(world / "base", "cpu", "float32")
     prompts = [prompt for prompt in ours["prompts"] for _ in range(k)]
-    logp, mask = train_grpo.response_logprobs(policy, prompts, list(ours["responses"]),
+    logp, mask = train_grpo.group_logprobs(policy, prompts, list(ours["responses"]),
                                               ours["meta"]["temperature"])
     assert (logp[mask] - torch.cat(list(ours["logprobs"]))).abs().max() < 1e-4
 
@@ -103,7 +103,7 @@ def test_weights_and_cached_prefixes_are_replaced(tmp_path):
     repeated = [p for p in prompts for _ in range(8)]
     for update in range(4):
         drawn, logprobs = train_grpo.sample_vllm(llm, prompts, 8, 0.7, 20, [1], [update, 99])
-        logp, mask = train_grpo.response_logprobs(policy, repeated, drawn, 0.7)
+        logp, mask = train_grpo.group_logprobs(policy, repeated, drawn, 0.7)
         flat = torch.tensor([x for row in logprobs for x in row])
         found = torch.zeros_like(logp).masked_scatter_(mask, flat)
         assert len(drawn) == 16 and (logp - found).abs().max() < 1e-3
