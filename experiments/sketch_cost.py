@@ -6,6 +6,7 @@ floor      one plain forward and backward pass over the trajectories of all prom
            trial against plain autograd, gradients, projection, files. The two alternate in one process; the
            ratio is computed per round.
            `shared floor`: the same, but each prompt is read once for its K responses, as in sketch.py.
+long       the same on SmolLM2 with responses of 300 tokens (sampled without an end token), two prompts.
 dense      TRAK's CPU projector (traker's BasicProjector) on the same kept coordinates of 8 gradients. 64 of
            its dim output dimensions are timed and EXTRAPOLATED to dim; it generates the random matrix block
            by block every time.
@@ -38,10 +39,11 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import collect
 import score
 import sketch
 
-PARTS = ["score", "memory", "toy", "smollm2", "dense"]
+PARTS = ["score", "memory", "toy", "smollm2", "long", "dense"]
 
 
 def subset(source, out, prompts):
@@ -58,6 +60,21 @@ def subset(source, out, prompts):
                 "logprobs": flat["logprobs"], "rewards": rollouts["rewards"][prompts],
                 "answers": [rollouts["answers"][i] for i in prompts],
                 "families": [rollouts["families"][i] for i in prompts], "meta": rollouts["meta"]}, out)
+    return out
+
+
+def long_rollouts(policy, source, out, tokens=300):
+    """Writes a rollouts.pt with two prompts of another one and K = 8 new responses of `tokens` tokens."""
+    rollouts = sketch.load_rollouts(source)
+    prompts, meta = rollouts["prompts"][:2], rollouts["meta"]
+    responses, logprobs = collect.sample(policy, [p.tolist() for p in prompts], 8, meta["temperature"],
+                                         tokens, [-1], [0, 1])  # no token ends a response
+    torch.save({"prompt_tokens": torch.cat(prompts), "logprobs": torch.tensor(logprobs).flatten(),
+                "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]),
+                "response_tokens": torch.tensor(responses, dtype=torch.int32).flatten(),
+                "response_lengths": torch.full((16,), tokens), "rewards": torch.tensor([[0.0, 1.0] * 4] * 2),
+                "answers": rollouts["answers"][:2], "families": rollouts["families"][:2],
+                "meta": {**meta, "k": 8}}, out)
     return out
 
 
@@ -262,12 +279,18 @@ def main():
                                               folder)
                 results["floor_ratio_toy"] = results["toy"]["sketch / floor"]["median"]
             elif absent:
-                summary = {"smollm2": "floor_ratio_smollm2", "dense": "dense_speedup_smollm2"}[part]
+                summary = {"smollm2": "floor_ratio_smollm2", "long": "floor_ratio_long",
+                           "dense": "dense_speedup_smollm2"}[part]
                 results |= {part: absent, summary: None}
             elif part == "smollm2":
                 policy = sketch.load_policy(args.smollm2 / "base", "cpu", "float32")
                 results["smollm2"] = floor_ratios(policy, few, 32768, (256, 512, 1024), 512, 3, folder)
                 results["floor_ratio_smollm2"] = results["smollm2"]["sketch / floor"]["median"]
+            elif part == "long":
+                policy = sketch.load_policy(args.smollm2 / "base", "cpu", "float32")
+                rollouts = long_rollouts(policy, smollm2, folder / "long.pt")
+                results["long"] = floor_ratios(policy, rollouts, 32768, (1024, 2560), 2560, 3, folder)
+                results["floor_ratio_long"] = results["long"]["sketch / shared floor"]["median"]
             else:
                 policy = sketch.load_policy(args.smollm2 / "base", "cpu", "float32")
                 try:
@@ -279,7 +302,7 @@ def main():
     for key, value in results.items():
         if isinstance(value, (int, float)):
             print(f"{key:24}{value}")
-    for world in ("toy", "smollm2"):
+    for world in ("toy", "smollm2", "long"):
         for key, value in results[world].items() if isinstance(results.get(world), dict) else ():
             if " / " in key:
                 print(f"{world:9}{key:34}{value['median']:6.3f}  ({value['min']:.3f} to {value['max']:.3f})")
