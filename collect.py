@@ -189,12 +189,22 @@ def load_vllm(name, dtype, kv_tokens, context):
              "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
 
 
+@torch.no_grad()
 def check_sampling(policy, name):
-    """Refuses a policy that `sample` cannot run, such as one without a cache of keys and values."""
+    """Refuses a policy for which `sample` fails, or gives other log-probs than a pass without a cache."""
+    prompts, gaps = [[0, 1, 0], [1]], []
+    odd = list(range(1, policy.get_input_embeddings().num_embeddings, 2))  # end tokens: some rows end early
     try:
-        sample(policy, [[0], [0, 0]], 2, 1.0, 2, [0], [0, 1])
+        for number, (response, logp) in enumerate(zip(*sample(policy, prompts, 4, 1.0, 4, odd, [0, 1]))):
+            tokens = torch.tensor(prompts[number // 4] + response, device=policy.device)
+            expected = policy(tokens[None]).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])
+            gaps.append((torch.tensor(logp) - expected[-len(response):, 0].cpu()).abs().max())
+        gap = torch.stack(gaps).max()
     except Exception as error:
         fail(name, f"a model that cannot be sampled ({error!r})", "a transformer with a KV cache",
+             "choose another model or --engine vllm")
+    if not gap <= (1e-3 if policy.dtype == torch.float32 else 0.5):  # also where it is NaN
+        fail(name, f"log-probs that differ by {gap:.2g} with a KV cache", "equal ones",
              "choose another model or --engine vllm")
 
 

@@ -59,7 +59,7 @@ from transformers.pytorch_utils import Conv1D
 
 FORMAT = 2  # of rollouts.pt and of the sketches' .json files
 BATCHED = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: what prompt_gradients knows
-CHUNK = 2**22  # numbers of a layer's gradients in memory at once, at least one prompt's
+CHUNK = 2**20  # numbers of a layer's gradients at once, at least one prompt's: they stay in a CPU's cache
 LOGITS = 2**25  # logits in memory at once, at least one response's
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 

@@ -7,6 +7,7 @@ import torch
 from test_gradients import K, Whole, arguments, naive_gradient, relative_error, rollouts
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import collect
 import sketch
 import train_grpo
 
@@ -92,5 +93,18 @@ def test_grpo_step_is_exact(name):
 def test_unusable_architecture_is_refused_in_one_line(name, stage, capsys):
     with pytest.raises(SystemExit) as stop:
         stage.check_forward(tiny(name, REFUSED[name]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "choose another model" in error
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "bloom", "gemma2", "mixtral", "cohere"])
+def test_architecture_can_be_sampled(name):
+    collect.check_sampling(tiny(name, {**BATCHED, **PLAIN, **REFUSED}[name]), name)
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "qwen3_next", "rwkv", "recurrent_gemma"])
+def test_architecture_that_cannot_be_sampled_is_refused_in_one_line(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        collect.check_sampling(tiny(name, REFUSED[name]), name)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "choose another model" in error
