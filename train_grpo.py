@@ -1,6 +1,7 @@
 """Stage 4 of CROPI: GRPO on the selected prompts only; the next phase starts from the policy it writes.
 
-For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the current policy, which maximizes
+For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the current policy. The update
+maximizes
 
     J(theta) = 1/G sum_i 1/|o_i| sum_t [min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 + lambda_H H]
     A_i = (R_i - mean R) / (std R + 1e-4)                  rho = pi_theta / pi_old
