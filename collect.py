@@ -11,8 +11,7 @@ Reads   --data   local .jsonl or .parquet files, or hub data sets `name[:config[
                  string or a list of chat messages; a chat template is applied if the tokenizer has one.
 Writes  --out    one for each of --data, or one for all of them (a pool of several data sets): rollouts.pt
                  (torch.load with weights_only=True), for N prompts with K responses each. Ragged arrays are
-                 flat, with their lengths. Responses are prompt-major: that of prompt i and k is number i*K +
-                 k.
+                 flat, with their lengths; response k of prompt i is number i*K + k.
                      prompt_tokens    int32   [sum of prompt lengths]     prompt_lengths   int64 [N]
                      response_tokens  int32   [sum of response lengths]   response_lengths int64 [N*K]
                      logprobs         float32 [sum of response lengths]   log beta(token | what precedes it)

@@ -677,8 +677,7 @@ class MetricsLog:
         if RANK == 0 and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            done = rows[-1]["step"] if rows else 0
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=rows[-1]["step"] + 1 if rows else 1)
 
     def append(self, row):
         self.rows.append(row)
@@ -712,15 +711,14 @@ class StopRequest:
 
 def restore_optimizer(path, policy, optimizer):
     """Loads optimizer.pt of the previous phase, if there is one. Returns the steps of all phases so far."""
-    first = 0
-    if path:
-        try:
-            state = torch.load(path, weights_only=True)
-            states.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
-            first = state["step"]
-        except Exception as error:  # missing, damaged, or of another model
-            fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
-    return first
+    if path is None:
+        return 0
+    try:
+        state = torch.load(path, weights_only=True)
+        states.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+    except Exception as error:  # missing, damaged, or of another model
+        fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
+    return state["step"]
 
 
 # ---- the command line ----
