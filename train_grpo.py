@@ -677,7 +677,8 @@ class MetricsLog:
         if RANK == 0 and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=rows[-1]["step"] + 1 if rows else 1)
+            first = rows[-1]["step"] + 1 if rows else 1  # later steps of a killed run are dropped
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=first)
 
     def append(self, row):
         self.rows.append(row)
