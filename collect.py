@@ -428,15 +428,12 @@ def parse_arguments():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", required=True, help="behaviour policy: a Hugging Face folder or hub name")
-    parser.add_argument("--data", required=True, nargs="+",
-                        help=".jsonl, .parquet or hub data sets name[:config[:split]]")
-    parser.add_argument("--out", required=True, nargs="+", type=Path,
-                        help="a rollouts.pt for each of --data, or one for all")
+    parser.add_argument("--data", required=True, nargs="+", help="files or hub sets name[:config[:split]]")
+    parser.add_argument("--out", required=True, nargs="+", type=Path, help="one for each of --data, or one")
     parser.add_argument("--k", type=int, default=8, help="responses per prompt (8); 0: none")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled distribution (1.0)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of a response (1024)")
-    parser.add_argument("--verifier", choices=["math", "exact"], default="math",
-                        help="how answers are compared (math)")
+    parser.add_argument("--verifier", choices=["math", "exact"], default="math", help="of answers (math)")
     parser.add_argument("--prompt-key", nargs="+", default=["prompt", "question", "problem"],
                         help="column of the prompt: the first that the data has (prompt question problem)")
     parser.add_argument("--answer-key", nargs="+", default=["answer", "solution"],
@@ -447,8 +444,7 @@ def parse_arguments():
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="transformers or vLLM (hf)")
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
-                        help="of the weights (float32)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled responses (0)")
     args = parser.parse_args()
     if args.k < 0 or args.temperature <= 0 or args.max_new_tokens < 1:

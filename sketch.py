@@ -26,11 +26,9 @@ a trial disagrees with plain autograd, is sketched by plain autograd, one prompt
 
 A killed run, started again with the same command, resumes after the batches that it finished. Under torchrun
 (one file system) the ranks share the batches of one plan. The bytes are the same for any number of ranks with
-the same number of threads each; torchrun sets OMP_NUM_THREADS=1, and some CPUs round differently with more
-threads.
-
-Differs from the authors' release: all parameters are sketched (there, only the first, the embedding), and
-log-probs are at the sampling temperature.
+the same number of threads each (torchrun sets one; some CPUs round differently with more). Differs from the
+authors' release: all parameters are sketched (there only the embedding); log-probs are at the sampling
+temperature.
 
     python sketch.py --model runs/toy-world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     torchrun --nproc_per_node 8 sketch.py --model MODEL --rollouts train.pt --out train.npy --dtype bfloat16

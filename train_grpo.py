@@ -747,8 +747,7 @@ def parse_arguments():
     parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
-                        help="of the arithmetic (float32)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of arithmetic")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
     if args.group < 2:
