@@ -17,20 +17,17 @@ Writes  --out    one for each of --data, or one for all of them (a pool of sever
                      logprobs         float32 [sum of response lengths]   log beta(token | what precedes it)
                      rewards          float32 [N, K]                      1 if the verifier accepts, else 0
                      answers          list[str] [N]
-                     families         list[str] [N], the --family-key column; without one, '' or, in a pool of
-                                      several data sets, the data set's name
+                     families         list[str] [N], the --family-key column; or a pool's data set
                      meta             dict: format, model, data, k, temperature, max_new_tokens, eos_ids,
                                       verifier, seed
                  response_tokens.split(response_lengths.tolist()) gives the responses. --k 0 stores prompts
                  and answers only: a test set for train_grpo.py --eval.
 
-A killed run, started again with the same command, resumes after the batches that it finished. Under torchrun
-(one file system) the ranks share the batches of one plan. The bytes are the same for any number of ranks with
-the same number of threads each; torchrun sets OMP_NUM_THREADS=1, and some CPUs round differently with more
-threads. --engine vllm samples with vLLM in this process: faster on a GPU, but not bit-reproducible.
-
-Differs from the authors' release: tokens are stored as sampled (re-tokenized text loses the end token), and
-log-probs are those of the sampled distribution, temperature included.
+A killed run, started again with the same command, resumes after its finished batches. Under torchrun (one
+file system) the ranks share the batches. The bytes are the same for any number of ranks with the same number
+of threads each (torchrun sets one; some CPUs round differently with more). --engine vllm samples with vLLM in
+this process: faster on a GPU, but not bit-reproducible. Differs from the authors' release: tokens are stored
+as sampled (re-tokenized text loses the end token), and log-probs are at the sampling temperature.
 
     python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --out rollouts.pt \\
         --instruction ' Put the final answer in \\boxed{}.'
@@ -47,8 +44,9 @@ import os
 import shutil
 import sys
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -158,9 +156,12 @@ def stream_seed(*key):
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
+            raise ValueError("a recurrent state")
+        return policy
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no loadable model ({error})", "a causal language model", "check the folder or hub name")
+        fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
 
 
 def load_vllm(name, dtype, kv_tokens, context):
@@ -186,25 +187,6 @@ def load_vllm(name, dtype, kv_tokens, context):
     except Exception as error:  # no vLLM, or one that cannot run this model here
         fail(name, f"no vLLM engine for it ({error})", "vLLM and a model that it knows",
              "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
-
-
-@torch.no_grad()
-def check_sampling(policy, name):
-    """Refuses a policy for which `sample` fails, or gives other log-probs than a pass without a cache."""
-    prompts, gaps = [[0, 1, 0], [1]], []
-    odd = list(range(1, policy.get_input_embeddings().num_embeddings, 2))  # end tokens: some rows end early
-    try:
-        for number, (response, logp) in enumerate(zip(*sample(policy, prompts, 4, 1.0, 4, odd, [0, 1]))):
-            tokens = torch.tensor(prompts[number // 4] + response, device=policy.device)
-            expected = policy(tokens[None]).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[1:, None])
-            gaps.append((torch.tensor(logp) - expected[-len(response):, 0].cpu()).abs().max())
-        gap = torch.stack(gaps).max()
-    except Exception as error:
-        fail(name, f"a model that cannot be sampled ({error!r})", "a transformer with a KV cache",
-             "choose another model or --engine vllm")
-    if not gap <= (1e-3 if policy.dtype == torch.float32 else 0.5):  # also where it is NaN
-        fail(name, f"log-probs that differ by {gap:.2g} with a KV cache", "equal ones",
-             "choose another model or --engine vllm")
 
 
 def fingerprint(policy):
@@ -239,42 +221,29 @@ def end_tokens(name, tokenizer):
 
 
 # ---- the prompts ----
-def load_rows(source):
-    """The rows of a local .jsonl or .parquet file or of a hub data set `name[:config[:split]]`."""
-    path = Path(source)
-    local = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(path.suffix)
-    if local and not path.is_file():
-        fail(source, "no such file", "a .jsonl or .parquet file", "check --data")
-    if local and path.stat().st_size == 0:
-        fail(source, "an empty file", "at least one example", "check how it was made")
-    try:
-        if local:
-            datasets.disable_progress_bars()
-            return datasets.load_dataset(local, data_files=source, split="train")
-        name, config, split = (source.split(":", 2) + [None, None])[:3]
-        return datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # datasets wraps the reason: its cause says which line
-        fail(source, f"unreadable data ({error.__cause__ or error})",
-             "one JSON object per line, parquet or a hub data set", "fix the data")
-
-
 def load_examples(source, prompt_keys, answer_keys, family_key, limit):
-    """[(prompt, answer, family)] of a data set. Prompt and answer: the first of the keys that is a column."""
-    rows, found = load_rows(source), []
+    """[(prompt, answer, family)] of a .jsonl or .parquet file or of a hub data set `name[:config[:split]]`.
+
+    Prompt and answer are in the first of the keys that is a column.
+    """
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    name, config, split = (source.split(":", 2) + ["", ""])[:3]
+    try:
+        rows = datasets.load_dataset(kind or name, config or None, data_files=source if kind else None,
+                                     split=split or "train")
+    except Exception as error:  # datasets wraps the reason: its cause says which line
+        fail(source, f"unreadable data ({error.__cause__ or error or repr(error)})",
+             "a .jsonl or .parquet file that is not empty, or a hub data set", "fix the data")
+    columns, examples = [], []
     for keys in (prompt_keys, answer_keys):
-        columns = [key for key in keys if key in rows.column_names]
-        if not columns:
-            fail(source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}",
-                 "set --prompt-key and --answer-key")
-        found.append(columns[0])
-    (prompt_key, answer_key), examples = found, []
+        columns += [key for key in keys if key in rows.column_names][:1] or fail(
+            source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}", "set --prompt-key")
     for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
-        if row[answer_key] is None or not str(row[answer_key]).strip():
-            fail(source, f"an empty answer in example {number}", f"text in '{answer_key}'", "drop it")
-        if not row[prompt_key]:
-            fail(source, f"an empty prompt in example {number}", f"text in '{prompt_key}'", "drop it")
-        examples.append((row[prompt_key], str(row[answer_key]), str(row.get(family_key) or "")))
-    return examples or fail(source, "no example", "at least one", "check --data and --limit")
+        prompt, answer = (row[column] for column in columns)
+        if not prompt or answer is None or not str(answer).strip():
+            fail(source, f"an empty prompt or answer in example {number}", f"text in {columns}", "drop it")
+        examples.append((prompt, str(answer), str(row.get(family_key) or "")))
+    return examples
 
 
 def encode_prompt(prompt, instruction, tokenizer):
@@ -290,18 +259,16 @@ def encode_prompt(prompt, instruction, tokenizer):
 
 def read_prompts(args, tokenizer, sources):
     """Prompts as token ids, answers and families of all `sources`, N each."""
-    prompts, answers, families = [], [], []
-    config = AutoConfig.from_pretrained(args.model).get_text_config()
-    context = getattr(config, "max_position_embeddings", sys.maxsize)
+    config, prompts, answers, families = AutoConfig.from_pretrained(args.model).get_text_config(), [], [], []
+    limit = getattr(config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
     for source in sources:
-        loaded = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
-        for number, (prompt, answer, family) in enumerate(loaded, start=1):
+        examples = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
+        for number, (prompt, answer, family) in enumerate(examples, start=1):
             prompts.append(encode_prompt(prompt, args.instruction, tokenizer))
             answers.append(answer)
             families.append(family or (source if len(sources) > 1 else ""))
-            if len(prompts[-1]) + args.max_new_tokens > context:
-                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})",
-                     f"at most {context} tokens with --max-new-tokens {args.max_new_tokens}",
+            if len(prompts[-1]) > limit:
+                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})", f"at most {limit}",
                      "drop it or lower --max-new-tokens")
     return prompts, answers, families
 
@@ -324,12 +291,6 @@ def batches_by_tokens(lengths, budget):
     return batches
 
 
-def barrier():
-    """Waits for the other ranks."""
-    if WORLD > 1:
-        torch.distributed.barrier()
-
-
 @contextmanager
 def replacing(path):
     """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
@@ -344,87 +305,85 @@ def replacing(path):
     os.replace(part, path)
 
 
-def parts_folder(out, settings):
-    """OUT.HASH.parts, with a file per finished batch until the run is done; HASH is of the settings."""
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    return out.with_name(f"{out.name}.{digest[:16]}.parts")
+def run_batches(work, plan, out, settings):
+    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the files.
 
-
-def sample_parts(args, tokenizer, policy, prompts, answers, eos_ids, name, folder):
-    """Samples and verifies K responses to each prompt; writes one file per batch. Returns the batches.
-
-    A file holds response_tokens, response_lengths, logprobs and rewards of its batch, as in rollouts.pt.
-    Returns when all ranks have finished.
+    Each rank does every WORLD-th batch, unless its file exists: a killed run resumes. Returns when all ranks
+    have finished.
     """
-    k, costs = args.k, [args.k * (len(prompt) + args.max_new_tokens) for prompt in prompts]
-    # vLLM schedules its cache itself; 1024 responses per batch keep it busy
-    budget = args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // k)
-    plan = batches_by_tokens(costs, budget)  # the same on all ranks
-    mine = range(RANK, len(plan), WORLD)  # every rank gets long and short ones: the plan is sorted
-    for number in tqdm(mine, desc=f"collect {name}", unit="batch", disable=RANK > 0):
-        batch, part = plan[number], folder / f"{number}.pt"
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    folder = out.with_name(f"{out.name}.{digest[:16]}.parts")
+    with replacing(out if out.is_dir() else folder / f"rank-{RANK}"):
+        pass  # so that a wrong --out fails before any work
+    for number in tqdm(range(RANK, len(plan), WORLD), desc=str(out), unit="batch", disable=RANK > 0):
+        part = folder / f"{number}.pt"
         if not part.exists():
-            queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, i) for i in batch]
-            responses, logprobs = ENGINES[args.engine](policy, queries, k, args.temperature,
-                                                       args.max_new_tokens, eos_ids, seeds)
-            texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-            rewards = [verify(text, answers[batch[j // k]], args.verifier) for j, text in enumerate(texts)]
             with replacing(part) as file:
-                torch.save({"response_tokens": flat(responses, torch.int32), "rewards": torch.tensor(rewards),
-                            "response_lengths": torch.tensor([len(r) for r in responses]),
-                            "logprobs": flat(logprobs, torch.float32)}, file)
-    barrier()
-    return plan
+                torch.save(work(plan[number]), file)
+    if WORLD > 1:
+        torch.distributed.barrier()
+    return [folder / f"{number}.pt" for number in range(len(plan))]
+
+
+def sample_batch(args, tokenizer, policy, prompts, answers, eos_ids, batch):
+    """Samples and verifies K responses to each of the b prompts `batch`: their part of a rollouts.pt."""
+    k, responses, logprobs = args.k, [], []
+    if k:
+        queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, i) for i in batch]
+        responses, logprobs = ENGINES[args.engine](policy, queries, k, args.temperature, args.max_new_tokens,
+                                                   eos_ids, seeds)
+    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    rewards = [verify(text, answers[batch[j // k]], args.verifier) for j, text in enumerate(texts)]
+    lengths = torch.tensor([len(response) for response in responses], dtype=torch.int64)
+    return {"response_tokens": flat(responses, torch.int32), "response_lengths": lengths.view(len(batch), k),
+            "logprobs": flat(logprobs, torch.float32), "rewards": torch.tensor(rewards).view(len(batch), k)}
 
 
 def flat(lists, dtype):
     return torch.tensor([x for row in lists for x in row], dtype=dtype)
 
 
-def merge_parts(plan, folder, k):
-    """The files of sample_parts as one dict, in the order of the prompts."""
-    parts = [torch.load(folder / f"{number}.pt", weights_only=True) for number in range(len(plan))]
+def merge_parts(plan, parts):
+    """The files of sample_batch as one dict, in the order of the prompts."""
+    parts = [torch.load(part, weights_only=True) for part in parts]
     order = torch.tensor([i for batch in plan for i in batch]).argsort()  # where each prompt is in the parts
     merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    lengths = merged["response_lengths"].view(-1, k)  # [N, K]
+    of_prompts = merged["response_lengths"].sum(1).tolist()
     for name in ("response_tokens", "logprobs"):
-        of_prompt = merged[name].split(lengths.sum(1).tolist())
-        merged[name] = torch.cat([of_prompt[i] for i in order])
-    merged["response_lengths"] = lengths[order].flatten()
-    merged["rewards"] = merged["rewards"].view(-1, k)[order]
+        pieces = merged[name].split(of_prompts)
+        merged[name] = torch.cat([pieces[i] for i in order])
+    merged["rewards"] = merged["rewards"][order]
+    merged["response_lengths"] = merged["response_lengths"][order].flatten()
     return merged
 
 
-def collect_file(args, tokenizer, policy, policy_fingerprint, sources, prompts, answers, families, out):
-    """One rollouts.pt. Its parts are kept, so that a run that is killed at a later one resumes there."""
-    eos_ids, k = end_tokens(args.model, tokenizer), args.k
+def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, out):
+    """Collects one rollouts.pt. examples: what read_prompts returned."""
+    (prompts, answers, families), k, eos_ids = examples, args.k, end_tokens(args.model, tokenizer)
     meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k,
             "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids,
             "verifier": args.verifier, "seed": args.seed}
-    folder = parts_folder(out, [meta, prompts, answers, policy_fingerprint, args.engine, args.dtype,
-                                args.kv_tokens])
-    with replacing(out) if RANK == 0 else nullcontext() as file:
-        sampled = {"response_tokens": flat([], torch.int32), "response_lengths": flat([], torch.int64),
-                   "logprobs": flat([], torch.float32), "rewards": torch.zeros(len(prompts), 0)}
-        if k:
-            plan = sample_parts(args, tokenizer, policy, prompts, answers, eos_ids, out.name, folder)
-        if RANK > 0:
-            return
-        if k:
-            sampled = merge_parts(plan, folder, k)
+    costs = [k * (len(prompt) + args.max_new_tokens) for prompt in prompts]
+    # vLLM schedules its cache itself; 1024 responses per batch keep it busy
+    budget = args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // max(1, k))
+    plan = batches_by_tokens(costs, budget)
+    parts = run_batches(partial(sample_batch, args, tokenizer, policy, prompts, answers, eos_ids), plan, out,
+                        [meta, prompts, answers, policy_fingerprint, args.engine, args.dtype, args.kv_tokens])
+    if RANK > 0:
+        return
+    merged = merge_parts(plan, parts)
+    with replacing(out) as file:
         torch.save({"prompt_tokens": flat(prompts, torch.int32),
-                    "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]), **sampled,
+                    "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]), **merged,
                     "answers": answers, "families": families, "meta": meta}, file)
-    summary, rewards = "", sampled["rewards"]
-    if k > 1:
-        varied = (rewards.std(1) > 0).float().mean()
-        summary = (f"; mean reward {rewards.mean():.3f}, {varied:.0%} of prompts with a reward variance, "
-                   f"{len(sampled['response_tokens'])} response tokens")
-    print(f"{out}: {len(prompts)} prompts x {k} responses{summary}")
+    rewards = merged["rewards"]
+    varied = (rewards != rewards[:, :1]).any(1).float().mean()  # those that have a gradient in sketch.py
+    summary = f"; mean reward {rewards.mean():.3f}, {varied:.0%} of prompts with unequal rewards" if k else ""
+    print(f"{out}: {len(prompts)} prompts x {k} responses, {len(merged['response_tokens'])} tokens{summary}")
 
 
 # ---- the command line ----
-def parse_arguments():
+def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", required=True, help="behaviour policy: a Hugging Face folder or hub name")
@@ -452,13 +411,9 @@ def parse_arguments():
              "k >= 0, temperature > 0, max-new-tokens >= 1", "see --help")
     if len(args.out) not in (1, len(args.data)):
         fail("--out", f"{len(args.out)} names", f"1 or {len(args.data)}", "name one for each of --data")
-    return args
-
-
-def main():
-    args = parse_arguments()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response has reward 0
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
@@ -469,14 +424,11 @@ def main():
     if args.k:
         policy = load_policy(args.model, args.device if args.engine == "hf" else "cpu", args.dtype)
         policy_fingerprint = fingerprint(policy)
-        if args.engine == "hf":
-            check_sampling(policy, args.model)
-        else:
+        if args.engine == "vllm":
             longest = max(len(prompt) for prompts, *_ in read for prompt in prompts)
             policy = load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
-    for sources, (prompts, answers, families), out in zip(pools, read, args.out):
-        collect_file(args, tokenizer, policy, policy_fingerprint, sources, prompts, answers, families, out)
-    barrier()
+    for sources, examples, out in zip(pools, read, args.out):
+        collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, out)
     for out in args.out if RANK == 0 else ():
         for folder in out.parent.glob(f"{out.name}.*.parts"):
             shutil.rmtree(folder)

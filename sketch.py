@@ -5,30 +5,27 @@
     g(s0)     = 1/K sum_k 1/|tau_k| sum_t grad_theta rho_{k,t} A_k                  off-policy gradient
     g~(s0)    = P drop(g(s0))                                                       sparse random projection
 
-The trajectories tau_1 .. tau_K were sampled once by collect.py from beta = pi_theta(0). There is no clipping
-and no KL term. drop keeps each coordinate of the gradient with probability --keep, drawn once over ALL
-parameters and the same for every prompt. P maps the kept coordinates to --dim numbers, so that dot products
-of sketches are unbiased estimates of dot products of gradients.
+The trajectories tau_1 .. tau_K were sampled once by collect.py from beta = pi_theta(0); no clipping, no KL
+term. drop keeps each coordinate of the gradient with probability --keep, drawn once over ALL parameters and
+the same for every prompt. P maps the kept coordinates to --dim numbers, so that dot products of sketches are
+unbiased estimates of dot products of gradients.
 
-Reads   --model      the current policy theta: a Hugging Face folder or hub name.
-        --rollouts   one or more rollouts.pt of collect.py.
-Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt. A prompt whose rewards are
-                     all equal has a zero gradient: it is skipped and counted, and its row is zero. A .json of
-                     the same name holds what must match before two sketches are compared (format, policy
-                     fingerprint, seed, keep, dim) and what was seen (prompts, skipped, tokens, seconds).
+Reads   --model      the current policy theta; --rollouts: one or more rollouts.pt of collect.py.
+Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero where all rewards are
+                     equal (the gradient is zero). A .json of the same name holds what must match before two
+                     sketches are compared (format, policy fingerprint, seed, keep, dim) and what was seen
+                     (prompts, skipped, tokens, seconds).
 
 One backward pass serves many prompts. sketch_batch runs the forward pass (group_hidden), the backward pass of
 the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
 the layer's input x with the gradient delta at its output into one gradient per prompt (prompt_gradients; for
-a Linear, delta^T x) and add the kept coordinates to the sketches (Projection.add). So each response token
-contributes to every layer's kept coordinates. A model with a layer unknown to prompt_gradients, or for which
-a trial disagrees with plain autograd, is sketched by plain autograd, one prompt per pass; a line says so.
+a Linear, delta^T x) and add the kept coordinates to the sketches (Projection.add). A model with a layer
+unknown to prompt_gradients is sketched by plain autograd, one prompt per pass; a line says so.
 
-A killed run, started again with the same command, resumes after the batches that it finished. Under torchrun
-(one file system) the ranks share the batches of one plan. The bytes are the same for any number of ranks with
-the same number of threads each (torchrun sets one; some CPUs round differently with more). Differs from the
-authors' release: all parameters are sketched (there only the embedding); log-probs are at the sampling
-temperature.
+A killed run, started again with the same command, resumes after its finished batches. Under torchrun (one
+file system) the ranks share the batches. The bytes are the same for any number of ranks with the same number
+of threads each (torchrun sets one; some CPUs round differently with more). Differs from the authors' release:
+all parameters are sketched (there only the embedding); log-probs are at the sampling temperature.
 
     python sketch.py --model runs/toy-world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     torchrun --nproc_per_node 8 sketch.py --model MODEL --rollouts train.pt --out train.npy --dtype bfloat16
@@ -41,7 +38,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -173,13 +170,11 @@ def group_hidden(base_model, prompts, responses):
     attends to. So the composition of the batch changes results by rounding only.
     """
     pad, device, n = nn.utils.rnn.pad_sequence, base_model.device, len(responses) // len(prompts)
-    cache = DynamicCache(config=base_model.config)
-    prompts = [torch.as_tensor(prompt).long() for prompt in prompts]
-    responses = [torch.as_tensor(response).long() for response in responses]
+    prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]
     tokens = pad(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [b, 1]
     positions = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative on padding
-    attention = (positions >= 0).long()
+    attention, cache = (positions >= 0).long(), DynamicCache(config=base_model.config)
     hidden = base_model(tokens, attention_mask=attention, position_ids=positions.clamp(min=0),
                         past_key_values=cache)[0]
     hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
@@ -196,13 +191,6 @@ def group_hidden(base_model, prompts, responses):
     return hidden, targets, mask
 
 
-def product(a, b):
-    """a @ b [b, m, n] in float32. A GPU multiplies bfloat16 factors as they are and sums in float32."""
-    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
 def prompt_gradients(layer, x, delta):
     """Gradients of a layer's parameters for each of b prompts: yields (parameter, float32 [b, *its shape]).
 
@@ -216,10 +204,12 @@ def prompt_gradients(layer, x, delta):
         weight = weight.index_add_(0, rows.flatten(), delta.flatten(0, 1).float()).view(b, -1, features)
         if layer.padding_idx is not None:
             weight[:, layer.padding_idx] = 0  # as in autograd: the padding id has no gradient
-    elif isinstance(layer, nn.Linear):
-        weight = product(delta.mT, x)
-    elif isinstance(layer, Conv1D):
-        weight = product(x.mT, delta)
+    elif isinstance(layer, (nn.Linear, Conv1D)):
+        left, right = (delta, x) if isinstance(layer, nn.Linear) else (x, delta)
+        if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:  # factors as they are, float32 sums
+            weight = torch.bmm(left.mT, right, out_dtype=torch.float32)
+        else:
+            weight = left.mT.float() @ right.float()
     elif isinstance(layer, nn.LayerNorm):
         weight = (delta.float() * F.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps)).sum(1)
     else:  # RMSNorm: output / weight is the normalized input
@@ -232,8 +222,8 @@ def prompt_gradients(layer, x, delta):
 class Sketcher:
     """Hooks on a policy's layers that add each prompt's projected gradients to `sums` [b, 2 dim].
 
-    batched: one backward pass makes the gradients of many prompts. Otherwise there are no hooks, and plain
-    autograd makes those of one prompt per pass.
+    batched: one backward pass makes the gradients of many prompts. Otherwise, or if a layer is unknown, there
+    are no hooks, and plain autograd makes those of one prompt per pass.
     """
 
     def __init__(self, policy, projection, batched=True):
@@ -246,148 +236,118 @@ class Sketcher:
         policy.zero_grad()  # plain autograd reads .grad
         hooked = layers if self.batched else []
         self.hooks = [layer.register_forward_hook(self.after_forward) for layer in hooked]
-        self.calls = {}  # layer -> (input, gradient at the output) of its calls: prompts, responses
+        self.calls = {}  # layer -> [(input, gradient at the output)] of its calls: prompts, responses
 
     def after_forward(self, layer, inputs, output):
         """Forward hook: keeps the input (an RMSNorm's output) until the gradient at the output arrives."""
         x = inputs[0].detach() if isinstance(layer, BATCHED) else output.detach()
-        if layer is self.output_layer:
-            if output.requires_grad:
-                output.register_hook(lambda delta: self.add_layer(layer, [(x, delta)], self.output_sums))
-            return
         if not output.requires_grad:  # an embedding's: the graph starts here, since the weights are frozen
             output.requires_grad_()
         calls = self.calls.setdefault(layer, [])
         calls.append(None)
-        output.register_hook(partial(self.after_backward, layer, calls, len(calls) - 1, x))
+        output.register_hook(partial(self.after_backward, layer, len(calls) - 1, x))
 
-    def after_backward(self, layer, calls, number, x, delta):
+    def after_backward(self, layer, number, x, delta):
         """Backward hook: adds the layer's contribution when the gradients of all its calls are known."""
-        calls[number] = x, delta
-        if None not in calls:
-            self.add_layer(layer, calls, self.sums)
-            calls.clear()
-
-    @torch.no_grad()
-    def add_layer(self, layer, calls, sums):
-        """Adds a layer's contribution to sums [b, 2 dim]. calls: (input, gradient at the output) of each."""
-        b, by_prompt = len(sums), []
-        for tensors in zip(*calls):
+        self.calls[layer][number] = x, delta
+        if None in self.calls[layer]:
+            return
+        sums, by_prompt = self.output_sums if layer is self.output_layer else self.sums, []
+        for tensors in zip(*self.calls.pop(layer)):
             features = tensors[0].shape[-1:] if tensors[0].is_floating_point() else ()  # token ids have none
-            by_prompt.append(torch.cat([tensor.reshape(b, -1, *features) for tensor in tensors], 1))
-        x, delta = by_prompt  # [b, T, features]
-        step = max(1, CHUNK // layer.weight.numel())  # prompts at a time
-        for start in range(0, b, step):
-            some = slice(start, start + step)
-            for parameter, gradients in prompt_gradients(layer, x[some], delta[some]):
+            tensors = [tensor.reshape(len(sums), -1, *features) for tensor in tensors]
+            by_prompt.append(torch.cat(tensors, 1))  # [b, T, features]
+        at_once = max(1, CHUNK // layer.weight.numel())  # prompts
+        for start in range(0, len(sums), at_once):
+            some = slice(start, start + at_once)
+            for parameter, gradients in prompt_gradients(layer, *(tensor[some] for tensor in by_prompt)):
                 self.projection.add(self.names[parameter], gradients, sums[some])
+
+    def add_autograd(self, sums):
+        """Adds to sums [1, 2 dim] what plain autograd has left in the parameters' .grad; clears it."""
+        for parameter, name in self.names.items():
+            if parameter.grad is not None:
+                self.projection.add(name, parameter.grad[None].float(), sums)
+                parameter.grad = None
 
     def close(self):
         for hook in self.hooks:
             hook.remove()
 
 
-def output_layer_backward(sketcher, hidden, targets, mask, logp_beta, advantages, k, temperature):
-    """The backward pass of off_policy_surrogate through the output layer. Returns its gradient at `hidden`.
-
-    hidden: [b * n, R, H]; targets, mask, logp_beta: [b * n, R]; advantages: [b * n]; k: K.
-
-    There are two backward passes because the logits of a whole batch do not fit into memory at a vocabulary
-    of 150,000. So they are computed, differentiated and freed for a few responses at a time, from a copy of
-    the hidden states that is cut off from the graph; the other layers then have one pass for all responses.
-    """
-    policy, hidden, n = sketcher.policy, hidden.detach().requires_grad_(), len(hidden) // len(sketcher.sums)
-    logits_per_response = mask.shape[1] * policy.config.get_text_config().vocab_size
-    rows = max(1, LOGITS // logits_per_response)  # responses at a time
-    block = max(n, rows // n * n)  # whole prompts, or one prompt whose responses do not fit together
-    for start in range(0, len(hidden), block):
-        end = min(start + block, len(hidden))
-        sketcher.output_sums = sketcher.sums[start // n:end // n]
-        for first in range(start, end, rows):
-            some = slice(first, min(first + rows, end))
-            logits = output_logits(policy, hidden[some], temperature)
-            logp = token_logprobs(logits, targets[some], mask[some])
-            off_policy_surrogate(logp, logp_beta[some], advantages[some], mask[some], k).backward()
-    return hidden.grad
-
-
 def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, temperature):
-    """What n of the K trajectories of each of b prompts contribute to g~ [b, dim].
+    """What n of the K trajectories of each of b prompts contribute to g~ [b, dim]; b = 1 if not batched.
 
     prompts: b sequences of token ids. responses (b * n sequences), logp_beta (b * n tensors [|tau|]) and
     advantages [b * n] are prompt-major.
+
+    There are two backward passes, because the logits of a batch do not fit into memory at a vocabulary of
+    150,000. They are computed, differentiated and freed for a few responses at a time, from a copy of the
+    hidden states that is cut off from the graph; then the other layers have one pass for all responses.
     """
-    policy, projection, pad = sketcher.policy, sketcher.projection, nn.utils.rnn.pad_sequence
-    b, n, device = len(prompts), len(responses) // len(prompts), policy.device
-    sums, prompts_per_pass = projection.zeros(b), b if sketcher.batched else 1
-    for first in range(0, b, prompts_per_pass):
-        end = first + prompts_per_pass
-        rows, sketcher.sums = slice(first * n, end * n), sums[first:end]  # a view, which the hooks fill
-        hidden, targets, mask = group_hidden(policy.base_model, prompts[first:end], responses[rows])
-        beta = pad(logp_beta[rows], batch_first=True).float().to(device)  # [prompts_per_pass * n, R]
-        delta = output_layer_backward(sketcher, hidden, targets, mask, beta, advantages[rows].to(device), k,
-                                      temperature)
-        hidden.backward(delta)
-        for parameter, name in sketcher.names.items():
-            if parameter.grad is not None:  # in batched mode there is none
-                projection.add(name, parameter.grad[None].float(), sketcher.sums)
-                parameter.grad = None
+    policy, projection, n = sketcher.policy, sketcher.projection, len(responses) // len(prompts)
+    advantages, beta = advantages.to(policy.device), nn.utils.rnn.pad_sequence(logp_beta, batch_first=True)
+    sums = sketcher.sums = projection.zeros(len(prompts))
+    hidden, targets, mask = group_hidden(policy.base_model, prompts, responses)
+    leaf, beta = hidden.detach().requires_grad_(), beta.float().to(policy.device)  # [b * n, R, H], [b * n, R]
+    rows = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))
+    block = max(n, rows // n * n)  # whole prompts, or one prompt whose responses do not fit together
+    for start in range(0, len(leaf), block):
+        end = min(start + block, len(leaf))
+        sketcher.output_sums = sums[start // n:end // n]
+        for first in range(start, end, rows):
+            some = slice(first, min(first + rows, end))
+            logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
+            logp = token_logprobs(logits, targets[some], mask[some])
+            off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k).backward()
+    hidden.backward(leaf.grad)
+    sketcher.add_autograd(sums)  # where batched, there is nothing: the hooks have filled the sums
     return projection.sketches(sums)
 
 
-def check_forward(policy):
-    """Refuses a policy whose own logits are not those of group_hidden and output_logits.
-
-    Returns what it was tried on: 2 random prompts and 2 random responses to each, token ids on the CPU.
-    """
-    rng, vocabulary = torch.Generator().manual_seed(0), policy.get_input_embeddings().num_embeddings
-    tokens = [torch.randint(vocabulary, (length,), generator=rng) for length in (3, 5, 4, 6, 2, 5)]
-    prompts, responses, tolerance = tokens[:2], tokens[2:], 1e-3 if policy.dtype == torch.float32 else 5e-2
-    try:
-        with torch.no_grad():
-            found = output_logits(policy, group_hidden(policy.base_model, prompts, responses)[0], 1.0)[0, :4]
-            expected = policy(torch.cat([prompts[0], responses[0]])[None].to(policy.device)).logits[0, 2:6]
-            same = (found - expected).norm() <= tolerance * expected.norm()  # [4, V]; false for NaN
-    except Exception as error:  # a cache that cannot be repeated, for example
-        fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
-             "choose another model")
-    if not same:
-        fail(policy.name_or_path, "logits that are not the output layer's, or not those with a KV cache",
-             "an ordinary transformer", "choose another model")
-    return prompts, responses
-
-
 def make_sketcher(policy, projection):
-    """A batched Sketcher where it agrees with plain autograd on two random prompts, otherwise a plain one."""
-    prompts, responses = check_forward(policy)
-    with torch.no_grad():
-        hidden, targets, mask = group_hidden(policy.base_model, prompts, responses)
-        logp = token_logprobs(output_logits(policy, hidden, 1.0), targets, mask)
-    beta = [row[exists].cpu() for row, exists in zip(logp, mask)]  # so that every ratio is 1
-    batch = prompts, responses, beta, torch.tensor([1.0, -1.0, 0.5, 1.0]), 2, 1.0
-    truth = sketch_batch(Sketcher(policy, projection, batched=False), *batch)
-    sketcher = Sketcher(policy, projection)
-    if sketcher.batched:
+    """A Sketcher that agrees with autograd on the policy's own logits: batched or, if none does, plain.
+
+    It is tried on two prompts with two responses each and logp_beta = 0, so that rho is pi_theta.
+    """
+    prompts, responses = [[1, 0, 1], [0, 1, 1, 0, 1]], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
+    logp_beta, advantages = [torch.zeros(len(r)) for r in responses], torch.tensor([1.0, -1.0, 0.5, 1.0])
+    problem, tolerance = "another gradient with a KV cache", 1e-2 if policy.dtype == torch.float32 else 0.1
+    sketcher, sums = Sketcher(policy, projection, batched=False), projection.zeros(2)
+    for j, response in enumerate(responses):
+        tokens = torch.tensor(prompts[j // 2] + response, device=policy.device)
+        pi = policy(tokens[None]).logits[0, :-1].float().softmax(-1).gather(1, tokens[1:, None])
+        (advantages[j] / 2 * pi[-len(response):].mean()).backward()
+        sketcher.add_autograd(sums[j // 2:j // 2 + 1])
+    truth = projection.sketches(sums)
+    for batched in (True, False):
+        sketcher, found = Sketcher(policy, projection, batched), []
+        b = 2 if sketcher.batched else 1  # prompts per pass
         try:
-            error = (sketch_batch(sketcher, *batch) - truth).norm(dim=1)
-        except RuntimeError:  # an in-place operation on the embedding's output, for example
-            error = torch.inf
-        tolerance = 1e-3 if policy.dtype == torch.float32 else 5e-2
-        if (error <= tolerance * truth.norm(dim=1)).all():  # false for NaN
-            return sketcher
-    sketcher.close()
-    if RANK == 0:
-        print("sketch.py: this architecture is sketched by plain autograd, one prompt per pass (slower, as "
-              "exact)", file=sys.stderr)
-    return Sketcher(policy, projection, batched=False)
+            for i in range(0, 2, b):
+                rows = slice(2 * i, 2 * i + 2 * b)
+                found.append(sketch_batch(sketcher, prompts[i:i + b], responses[rows], logp_beta[rows],
+                                          advantages[rows], 2, 1.0))
+            error = (torch.cat(found) - truth).norm(dim=1) / truth.norm(dim=1)
+            if (error <= tolerance).all():  # false for NaN
+                if not sketcher.batched and RANK == 0:
+                    print("sketch.py: plain autograd for this model, one prompt per pass", file=sys.stderr)
+                return sketcher
+        except Exception as error:  # a cache that cannot be repeated, for example
+            problem = repr(error)
+        sketcher.close()
+    fail(policy.name_or_path, problem, "a transformer with a KV cache", "choose another model")
 
 
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
+            raise ValueError("a recurrent state")
+        return policy
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no loadable model ({error})", "a causal language model", "check the folder or hub name")
+        fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
 
 
 def fingerprint(policy):
@@ -431,24 +391,16 @@ def plan_batches(sizes, k, budget):
     sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
     prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
     """
-    def tokens(batch):
-        own, longest = (max(column) for column in zip(*(sizes[i] for i in batch)))
-        return len(batch) * (own + k * longest)
-
-    plan = []
-    for prompt in sorted(sizes, key=lambda i: -tokens([i])):
-        if plan and tokens([*plan[-1][0], prompt]) <= budget:
+    plan, prompt_width, width = [], 0, 0
+    for prompt in sorted(sizes, key=lambda i: -sizes[i][0] - k * sizes[i][1]):
+        own, longest = sizes[prompt]
+        prompt_width, width = max(prompt_width, own), max(width, longest)
+        if plan and (len(plan[-1][0]) + 1) * (prompt_width + k * width) <= budget:
             plan[-1][0].append(prompt)
         else:
-            own, longest = sizes[prompt]
             plan.append(([prompt], max(1, min(k, (budget - own) // longest))))
+            prompt_width, width = own, longest
     return plan
-
-
-def barrier():
-    """Waits for the other ranks."""
-    if WORLD > 1:
-        torch.distributed.barrier()
 
 
 @contextmanager
@@ -465,31 +417,45 @@ def replacing(path):
     os.replace(part, path)
 
 
-def parts_folder(out, settings):
-    """OUT.HASH.parts, with a file per finished batch until the run is done; HASH is of the settings."""
+def run_batches(work, plan, out, settings):
+    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the files.
+
+    Each rank does every WORLD-th batch, unless its file exists: a killed run resumes. Returns when all ranks
+    have finished.
+    """
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    return out.with_name(f"{out.name}.{digest[:16]}.parts")
+    folder = out.with_name(f"{out.name}.{digest[:16]}.parts")
+    with replacing(out if out.is_dir() else folder / f"rank-{RANK}"):
+        pass  # so that a wrong --out fails before any work
+    for number in tqdm(range(RANK, len(plan), WORLD), desc=str(out), unit="batch", disable=RANK > 0):
+        part = folder / f"{number}.pt"
+        if not part.exists():
+            with replacing(part) as file:
+                torch.save(work(plan[number]), file)
+    if WORLD > 1:
+        torch.distributed.barrier()
+    return [folder / f"{number}.pt" for number in range(len(plan))]
 
 
-def sketch_prompts(sketcher, rollouts, batch, rows):
-    """g~ [b, dim] of the prompts with indices `batch`, in passes over `rows` of the K responses to each."""
-    prompts, sketch = [rollouts["prompts"][i] for i in batch], 0
-    advantages = group_advantage(rollouts["rewards"][batch])  # [b, K]
+def sketch_prompts(sketcher, rollouts, micro_batch):
+    """g~ [b, dim] of the prompts of a micro-batch, in passes over `rows` of the K responses to each."""
+    (batch, rows), sketch = micro_batch, 0
+    if len(batch) > 1 and not sketcher.batched:
+        return torch.cat([sketch_prompts(sketcher, rollouts, ([i], rows)) for i in batch])
+    prompts, advantages = [rollouts["prompts"][i] for i in batch], group_advantage(rollouts["rewards"][batch])
     k = advantages.shape[1]
     for first in range(0, k, rows):
-        end = min(first + rows, k)
-        which = [i * k + j for i in batch for j in range(first, end)]
-        responses, beta = ([rollouts[name][r] for r in which] for name in ("responses", "logprobs"))
-        sketch = sketch + sketch_batch(sketcher, prompts, responses, beta, advantages[:, first:end].flatten(),
-                                       k, rollouts["meta"]["temperature"])
-    return sketch
+        end, responses, logprobs = min(first + rows, k), [], []
+        for i in batch:
+            responses += rollouts["responses"][i * k + first:i * k + end]
+            logprobs += rollouts["logprobs"][i * k + first:i * k + end]
+        sketch = sketch + sketch_batch(sketcher, prompts, responses, logprobs,
+                                       advantages[:, first:end].flatten(), k, rollouts["meta"]["temperature"])
+    return sketch.cpu()
 
 
 def sketch_file(sketcher, path, out, identity, batch_tokens):
-    """Sketches one rollouts.pt into a .npy and its .json. identity: policy and projection, for the .json.
-
-    The files of finished batches are kept, so that a run that is killed at a later rollouts.pt resumes there.
-    """
+    """Sketches one rollouts.pt into a .npy and its .json. identity: policy and projection, for the .json."""
     began, rollouts = time.perf_counter(), load_rollouts(path)
     (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].view_as(rollouts["rewards"])
     varied = (rollouts["rewards"].std(1) > 0).nonzero()[:, 0].tolist() if k > 1 else []
@@ -498,38 +464,25 @@ def sketch_file(sketcher, path, out, identity, batch_tokens):
              "collect more responses, or other prompts")
     longest = lengths.amax(1).tolist()
     plan = plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in varied}, k, batch_tokens)
-    mine = range(RANK, len(plan), WORLD)  # every rank gets long and short ones: the plan is sorted
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = parts_folder(out, {**identity, "rollouts": digest, "batch_tokens": batch_tokens})
-    with replacing(out) if RANK == 0 else nullcontext() as file:
-        for number in tqdm(mine, desc=f"sketch {out.name}", unit="batch", disable=RANK > 0):
-            batch, rows = plan[number]
-            part = folder / f"{number}.npy"
-            if not part.exists():
-                sketch = sketch_prompts(sketcher, rollouts, batch, rows)
-                with replacing(part) as part_file:
-                    np.save(part_file, sketch.cpu().numpy())
-        barrier()
-        if RANK > 0:
-            return
-        assemble(file, (n, identity["dim"]), plan, folder)
+        settings = [identity, batch_tokens, hashlib.file_digest(file, "sha256").hexdigest()]
+    parts = run_batches(partial(sketch_prompts, sketcher, rollouts), plan, out, settings)
+    if RANK > 0:
+        return
+    with replacing(out) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (n, identity["dim"])}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        file.truncate(start + n * identity["dim"] * 4)  # rows of skipped prompts stay zero
+        for (batch, _), part in zip(plan, parts):
+            for prompt, row in zip(batch, torch.load(part, weights_only=True).numpy()):
+                file.seek(start + prompt * row.nbytes)
+                file.write(row)
     sidecar = {**identity, "prompts": n, "skipped": n - len(varied),
                "seconds": round(time.perf_counter() - began, 2), "tokens": int(lengths[varied].sum())}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
     print(f"{out}: {n} prompts, {n - len(varied)} skipped for equal rewards, {sidecar['seconds']} s")
-
-
-def assemble(file, shape, plan, folder):
-    """Writes the finished batches of a plan as one .npy, row by row; rows of skipped prompts stay zero."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    start = file.tell()
-    file.truncate(start + shape[0] * shape[1] * 4)
-    for number, (batch, _) in enumerate(plan):
-        for prompt, row in zip(batch, np.load(folder / f"{number}.npy", allow_pickle=False)):
-            file.seek(start + prompt * row.nbytes)
-            file.write(row.tobytes())
 
 
 # ---- the command line ----
@@ -565,7 +518,6 @@ def main():
     sketcher = make_sketcher(policy, Projection(args.seed, args.keep, args.dim, policy.device))
     for path, out in zip(args.rollouts, args.out):
         sketch_file(sketcher, path, out, identity, args.batch_tokens)
-    barrier()
     for out in args.out if RANK == 0 else ():
         for folder in out.parent.glob(f"{out.name}.*.parts"):
             shutil.rmtree(folder)

@@ -24,12 +24,11 @@ Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimiz
                      the length limit), seconds (of this phase's training, without evaluation),
                      sampling_seconds (of this step), eval.
 
-The run works in OUT.part and renames it at the end. If it is stopped (Ctrl-C saves a checkpoint) or killed,
-the same command resumes from the last checkpoint (--save-every) and, with the same number of threads, ends
-with the same bytes: random numbers depend on (seed, step, place in the batch) only. --dtype bfloat16 is mixed
-precision: weights and AdamW's state stay float32. Under torchrun, FSDP2 shards weights, gradients and AdamW's
-state, and each rank samples its share of the prompts. Its files are those of a run without torchrun; either
-resumes the other's checkpoints.
+The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
+from the last checkpoint (--save-every) and, with the same number of threads, ends with the same bytes: random
+numbers depend on (seed, step, place in the batch) only. --dtype bfloat16 is mixed precision: weights and
+AdamW's state stay float32. Under torchrun, FSDP2 shards weights, gradients and AdamW's state, and each rank
+samples its share of the prompts; a run with another number of ranks can resume it.
 
     python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --out policy \\
         --eval test.pt --steps 30 --batch-size 64 --lr 1e-4
@@ -43,6 +42,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -140,13 +140,11 @@ def group_hidden(base_model, prompts, responses):
     attends to. So the composition of the batch changes results by rounding only.
     """
     pad, device, n = nn.utils.rnn.pad_sequence, base_model.device, len(responses) // len(prompts)
-    cache = DynamicCache(config=base_model.config)
-    prompts = [torch.as_tensor(prompt).long() for prompt in prompts]
-    responses = [torch.as_tensor(response).long() for response in responses]
+    prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]
     tokens = pad(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
     lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [b, 1]
     positions = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative on padding
-    attention = (positions >= 0).long()
+    attention, cache = (positions >= 0).long(), DynamicCache(config=base_model.config)
     hidden = base_model(tokens, attention_mask=attention, position_ids=positions.clamp(min=0),
                         past_key_values=cache)[0]
     hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
@@ -168,53 +166,22 @@ def base_model(policy):
     return policy if WORLD > 1 else policy.base_model
 
 
-def split_rows(policy, mask):
-    """The rows of a batch in groups whose logits fit into LOGITS numbers: tensors of indices."""
-    logits_per_response = mask.shape[1] * policy.config.get_text_config().vocab_size
-    return torch.arange(len(mask), device=mask.device).split(max(1, LOGITS // logits_per_response))
-
-
-@torch.no_grad()
-def group_logprobs(policy, prompts, responses, temperature):
-    """log pi(x_t | s_t) [b * n, R] of n responses to each of b prompts, and the mask of tokens that exist."""
-    hidden, targets, mask = group_hidden(base_model(policy), prompts, responses)
-    logprobs = []
-    for some in split_rows(policy, mask):
-        logits = output_logits(policy, hidden[some], temperature)
-        logprobs.append(token_logprobs(logits, targets[some], mask[some]))
-    return torch.cat(logprobs), mask
-
-
 def plan_batches(sizes, k, budget):
     """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
 
     sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
     prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
     """
-    def tokens(batch):
-        own, longest = (max(column) for column in zip(*(sizes[i] for i in batch)))
-        return len(batch) * (own + k * longest)
-
-    plan = []
-    for prompt in sorted(sizes, key=lambda i: -tokens([i])):
-        if plan and tokens([*plan[-1][0], prompt]) <= budget:
+    plan, prompt_width, width = [], 0, 0
+    for prompt in sorted(sizes, key=lambda i: -sizes[i][0] - k * sizes[i][1]):
+        own, longest = sizes[prompt]
+        prompt_width, width = max(prompt_width, own), max(width, longest)
+        if plan and (len(plan[-1][0]) + 1) * (prompt_width + k * width) <= budget:
             plan[-1][0].append(prompt)
         else:
-            own, longest = sizes[prompt]
             plan.append(([prompt], max(1, min(k, (budget - own) // longest))))
+            prompt_width, width = own, longest
     return plan
-
-
-def plan_passes(prompts, responses, group, budget):
-    """Micro-batches [(prompts, responses)]: indices of the prompts and of the responses in each."""
-    sizes, passes = {}, []
-    for j, prompt in enumerate(prompts):
-        sizes[j] = len(prompt), max(len(response) for response in responses[j * group:(j + 1) * group])
-    for batch, rows in plan_batches(sizes, group, budget):
-        for first in range(0, group, rows):
-            end = min(first + rows, group)
-            passes.append((batch, [j * group + i for j in batch for i in range(first, end)]))
-    return passes
 
 
 def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, rewards, temperature, args):
@@ -225,28 +192,36 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
     """
     group, total_tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
     pad, advantages = nn.utils.rnn.pad_sequence, group_advantage(rewards).flatten().to(device)  # [B*G]
-    sums = torch.zeros(3, device=device)  # over all tokens: of k3, H and |logp - logp_sampled|
-    passes = plan_passes(prompts, responses, group, args.batch_tokens)
+    sums, sizes = torch.zeros(3, device=device), {}  # over all tokens: of k3, H and |logp - logp_sampled|
+    for j, prompt in enumerate(prompts):
+        sizes[j] = len(prompt), max(map(len, responses[j * group:(j + 1) * group]))
+    passes = []
+    for batch, rows in plan_batches(sizes, group, args.batch_tokens):
+        passes += [(batch, range(group)[first:first + rows]) for first in range(0, group, rows)]
     for turn in range(0, len(passes), WORLD):
         mine = turn + RANK < len(passes)  # FSDP needs all ranks in every turn; one without work has weight 0
-        batch, rows = passes[turn + RANK if mine else 0]
-        batch_prompts, batch_responses = [prompts[j] for j in batch], [responses[r] for r in rows]
-        hidden, targets, mask = group_hidden(base_model(policy), batch_prompts, batch_responses)
-        logp_ref = None
-        if reference:
-            logp_ref, _ = group_logprobs(reference, batch_prompts, batch_responses, temperature)
+        batch, which = passes[turn + RANK if mine else 0]
+        rows = [j * group + i for j in batch for i in which]
+        groups = [prompts[j] for j in batch], [responses[r] for r in rows]
+        hidden, targets, mask = group_hidden(base_model(policy), *groups)  # [b * n, R, H], [b * n, R]
+        with torch.no_grad():
+            hidden_ref = group_hidden(base_model(reference), *groups)[0] if reference else None
         sampled = pad([torch.tensor(logp_sampled[r]) for r in rows], batch_first=True).to(device)
         leaf = hidden.detach().requires_grad_()  # the output layer goes first, some responses at a time
         weights = advantages[torch.tensor(rows, device=device)]  # [b * n]
-        for some in split_rows(policy, mask):
-            logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
+        at_once = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))
+        for some in torch.arange(len(rows), device=device).split(at_once):
+            logits = output_logits(policy, leaf[some], temperature)  # [at_once, R, V]
             logp = token_logprobs(logits, targets[some], mask[some])
-            entropy = token_entropy(logits, mask[some])
-            ref = logp_ref[some] if reference else None
-            objective = grpo_objective(logp, logp.detach(), ref, entropy, weights[some], mask[some], CLIP,
-                                       args.kl_coef, args.entropy_coef)
+            entropy, logp_ref = token_entropy(logits, mask[some]), None
+            if reference:
+                with torch.no_grad():
+                    logits = output_logits(reference, hidden_ref[some], temperature)
+                    logp_ref = token_logprobs(logits, targets[some], mask[some])
+            objective = grpo_objective(logp, logp.detach(), logp_ref, entropy, weights[some], mask[some],
+                                       CLIP, args.kl_coef, args.entropy_coef)
             (-objective.sum() * mine * WORLD / len(responses)).backward()  # FSDP takes the mean over ranks
-            k3 = kl_k3(logp.detach(), ref) if reference else torch.zeros_like(logp)
+            k3 = kl_k3(logp.detach(), logp_ref) if reference else torch.zeros_like(logp)
             difference = (logp.detach() - sampled[some]).abs()
             sums += mine * torch.stack([(k3 * mask[some]).sum(), entropy.detach().sum(), difference.sum()])
         hidden.backward(leaf.grad)
@@ -268,25 +243,17 @@ def whole(tensor):
 
 
 def check_forward(policy):
-    """Refuses a policy whose own logits are not those of group_hidden and output_logits.
-
-    Returns what it was tried on: 2 random prompts and 2 random responses to each, token ids on the CPU.
-    """
-    rng, vocabulary = torch.Generator().manual_seed(0), policy.get_input_embeddings().num_embeddings
-    tokens = [torch.randint(vocabulary, (length,), generator=rng) for length in (3, 5, 4, 6, 2, 5)]
-    prompts, responses, tolerance = tokens[:2], tokens[2:], 1e-3 if policy.dtype == torch.float32 else 5e-2
+    """Refuses a policy whose own logits are not those of group_hidden and output_logits."""
+    prompts, responses = [[1, 0, 1], [0, 1, 1, 0, 1]], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
     try:
         with torch.no_grad():
-            found = output_logits(policy, group_hidden(policy.base_model, prompts, responses)[0], 1.0)[0, :4]
-            expected = policy(torch.cat([prompts[0], responses[0]])[None].to(policy.device)).logits[0, 2:6]
-            same = (found - expected).norm() <= tolerance * expected.norm()  # [4, V]; false for NaN
+            found = output_logits(policy, group_hidden(policy.base_model, prompts, responses)[0], 1.0)
+            expected = policy(torch.tensor([prompts[0] + responses[0]], device=policy.device)).logits[:, 2:6]
+        if not (found[:1, :4] - expected).norm() <= 1e-2 * expected.norm():  # or NaN
+            raise ValueError("other logits with a KV cache, or not those of the output layer")
     except Exception as error:  # a cache that cannot be repeated, for example
         fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
              "choose another model")
-    if not same:
-        fail(policy.name_or_path, "logits that are not the output layer's, or not those with a KV cache",
-             "an ordinary transformer", "choose another model")
-    return prompts, responses
 
 
 def build_policy(name, args):
@@ -404,23 +371,6 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 ENGINES = {"hf": sample, "vllm": sample_vllm}
 
 
-def update_vllm(llm, weights):
-    """Loads the policy's `weights`, pairs (name, tensor), into the engine and wakes it."""
-
-    def pack_again(model):  # on a CPU, vLLM forgets that it has packed a copy of a tied output layer
-        head = getattr(model, "lm_head", None)
-        if hasattr(head, "cpu_linear"):
-            head.quant_method.process_weights_after_loading(head)
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # memory that training has freed goes back to the GPU
-        llm.wake_up(tags=["weights"])
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    llm.apply_model(pack_again)
-    if torch.cuda.is_available():
-        llm.wake_up(tags=["kv_cache"])
-
-
 def verify(response, answer, verifier):
     """R(tau) in {0, 1}: whether the text `response` gives `answer`.
 
@@ -443,13 +393,10 @@ def verify(response, answer, verifier):
 
 
 class Sampler:
-    """Samples with vLLM, with the policy itself or, under torchrun, with an unsharded copy of it.
+    """Samples with vLLM, with the policy itself or, under torchrun, with an unsharded copy of it."""
 
-    args: engine, model, device, dtype, kv_tokens. rollouts: all rollouts.pt whose prompts it will get.
-    """
-
-    def __init__(self, args, rollouts):
-        self.engine, self.kv_tokens, self.model = args.engine, args.kv_tokens, None
+    def __init__(self, args, tokenizer, rollouts):
+        self.engine, self.kv_tokens, self.tokenizer, self.model = args.engine, args.kv_tokens, tokenizer, None
         if args.engine == "vllm":
             longest = [int(r["prompt_lengths"].max()) + r["meta"]["max_new_tokens"] for r in rollouts]
             self.model = load_vllm(args.model, args.dtype, args.kv_tokens, max(longest))
@@ -463,61 +410,64 @@ class Sampler:
             self.model.sleep(level=2)
 
     def update(self, policy):
-        """Copies the weights of `policy`."""
+        """Copies the weights of `policy`, and wakes vLLM."""
         weights = ((name, whole(weight.detach())) for name, weight in policy.named_parameters())
         if self.engine == "vllm":
-            update_vllm(self.model, weights)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # memory that training has freed goes back to the GPU
+                self.model.wake_up(tags=["weights"])
+            self.model.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.model.apply_model(pack_output_layer)
+            if torch.cuda.is_available():
+                self.model.wake_up(tags=["kv_cache"])
         elif WORLD == 1:
             self.model = policy
         else:
             for ours, (_, weight) in zip(self.model.parameters(), weights):
                 ours.data.copy_(weight)
 
-    def __call__(self, prompts, k, temperature, meta, seeds):
-        """k responses to each prompt: (index, k responses, their logprobs) for each, in any order."""
-        found, plan = [], [range(len(prompts))]  # vLLM schedules its cache itself
-        if self.engine == "hf":
-            plan = batches_by_tokens([k * (len(p) + meta["max_new_tokens"]) for p in prompts], self.kv_tokens)
-        for batch in plan if prompts else ():
-            responses, logprobs = ENGINES[self.engine](
-                self.model, [prompts[i] for i in batch], k, temperature, meta["max_new_tokens"],
-                meta["eos_ids"], [seeds[i] for i in batch])
-            for j, i in enumerate(batch):
-                found.append((i, responses[j * k:(j + 1) * k], logprobs[j * k:(j + 1) * k]))
-        return found
+    def __call__(self, rollouts, batch, k, temperature, seeds):
+        """k responses to each of the B prompts `batch` of a rollouts.pt, verified. seeds: B ints.
+
+        Every rank samples its share and receives the others'. Returns responses and logprobs, B*k lists each,
+        prompt-major, and rewards [B, k].
+        """
+        meta, groups, of_ranks = rollouts["meta"], {}, [None] * WORLD
+        prompts = {j: rollouts["prompts"][batch[j]].tolist() for j in range(RANK, len(batch), WORLD)}
+        costs = {j: (0, k * (len(prompt) + meta["max_new_tokens"])) for j, prompt in prompts.items()}
+        budget = self.kv_tokens if self.engine == "hf" else math.inf  # vLLM schedules its cache itself
+        for some, _ in plan_batches(costs, 1, budget):
+            queries, own_seeds = [prompts[j] for j in some], [seeds[j] for j in some]
+            responses, logprobs = ENGINES[self.engine](self.model, queries, k, temperature,
+                                                       meta["max_new_tokens"], meta["eos_ids"], own_seeds)
+            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            for number, j in enumerate(some):
+                rows, answer = slice(number * k, (number + 1) * k), rollouts["answers"][batch[j]]
+                rewards = [verify(text, answer, meta["verifier"]) for text in texts[rows]]
+                groups[j] = responses[rows], logprobs[rows], rewards
+        if WORLD > 1:
+            torch.distributed.all_gather_object(of_ranks, groups)
+            groups = {j: group for share in of_ranks for j, group in share.items()}
+        responses, logprobs, rewards = zip(*(groups[j] for j in range(len(batch))))
+        return sum(responses, []), sum(logprobs, []), torch.tensor(rewards)
 
 
-def roll_out(sampler, tokenizer, rollouts, batch, k, temperature, seeds):
-    """k responses to each of the B prompts `batch` of a rollouts.pt, verified.
-
-    seeds: B ints. Every rank samples its share and receives the others'. Returns responses and logprobs, B*k
-    lists each, prompt-major, and rewards [B, k].
-    """
-    meta, mine, groups = rollouts["meta"], range(RANK, len(batch), WORLD), []
-    prompts = [rollouts["prompts"][batch[j]].tolist() for j in mine]
-    for number, responses, logprobs in sampler(prompts, k, temperature, meta, [seeds[j] for j in mine]):
-        answer = rollouts["answers"][batch[mine[number]]]
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        rewards = [verify(text, answer, meta["verifier"]) for text in texts]
-        groups.append((mine[number], responses, logprobs, rewards))
-    if WORLD > 1:
-        of_ranks = [None] * WORLD
-        torch.distributed.all_gather_object(of_ranks, groups)
-        groups = sum(of_ranks, [])
-    _, responses, logprobs, rewards = zip(*sorted(groups, key=lambda group: group[0]))
-    return sum(responses, []), sum(logprobs, []), torch.tensor(rewards)
+def pack_output_layer(model):
+    """On a CPU, vLLM forgets that it has packed a copy of a tied output layer when weights are reloaded."""
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
 
 
-def evaluate(sampler, tokenizer, tests, args):
+def evaluate(sampler, tests, args):
     """{"eval": {test set: {"mean": sampled accuracy, "greedy": greedy accuracy}}}, by the same seeds."""
     results = {}
     for name, test in tests.items():
-        batch, results[name] = range(len(test["prompts"])), {}
+        batch, temperature = range(len(test["prompts"])), test["meta"]["temperature"]
         seeds = [stream_seed(args.seed, "eval", i) for i in batch]
-        sampled = "mean", args.eval_samples, test["meta"]["temperature"]
-        for kind, k, temperature in (sampled, ("greedy", 1, 0.0)):
-            rewards = roll_out(sampler, tokenizer, test, batch, k, temperature, seeds)[2]
-            results[name][kind] = float(rewards.mean())
+        sampled = sampler(test, batch, args.eval_samples, temperature, seeds)[2]
+        greedy = sampler(test, batch, 1, 0.0, seeds)[2]
+        results[name] = {"mean": float(sampled.mean()), "greedy": float(greedy.mean())}
     return {"eval": results} if results else {}
 
 
@@ -531,16 +481,6 @@ def batch_of_step(selected, size, step, seed):
             order = torch.randperm(len(selected), generator=generator)
         batch.append(selected[order[offset]])
     return batch
-
-
-def batches_by_tokens(lengths, budget):
-    """Batches of indices, longest first, of at most `budget` tokens each, with padding to the longest."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
 
 
 # ---- files and ranks ----
@@ -593,16 +533,33 @@ def load_tokenizer(name):
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
+            raise ValueError("a recurrent state")
+        return policy
     except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no loadable model ({error})", "a causal language model", "check the folder or hub name")
+        fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
+
+
+def lock_folder(folder, out):
+    """Makes the folder in which a run works on `out` and locks it, as long as the returned file is open."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+        if RANK == 0:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        fail(out, "another run that is writing it", "one run per folder", "wait or choose another --out")
+    except OSError as error:
+        fail(out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
 
 
 class Checkpoint:
     """The folder OUT.part in which a run works, and the checkpoint in it that a run resumes from."""
 
     def __init__(self, args, selected):
-        self.out, self.part, self.model = args.out, args.out.with_name(args.out.name + ".part"), args.model
+        self.out, self.part, self.args = args.out, args.out.with_name(args.out.name + ".part"), args
         memory = ("kv_tokens", "batch_tokens", "device")  # may change when resuming
         settings = {name: value for name, value in vars(args).items() if name not in memory}
         self.settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
@@ -615,58 +572,48 @@ class Checkpoint:
             fail(folder, f"a run with another {changed}", "equal settings", "remove it or change --out")
 
     def restore(self, policy, optimizer):
-        """Loads the checkpoint, if there is one. Returns the steps that were done and their metrics."""
-        state = {"step": 0, "metrics": []}
+        """Loads this run's checkpoint, if there is one, or else the state of --optimizer.
+
+        Returns the steps of earlier phases, those of this run, and this run's metrics.
+        """
+        self.lock = lock_folder(self.part, self.out)
+        state, path = {"step": 0, "done": 0, "metrics": []}, self.args.optimizer
         if (self.part / "checkpoint.pt").exists():
             self.check_settings(self.part)
-            state = torch.load(self.part / "checkpoint.pt", weights_only=True)
-            states.set_model_state_dict(policy, state["weights"], options=WHOLE)
-            states.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+            path = self.part / "checkpoint.pt"
+        try:
+            if path:
+                state |= torch.load(path, weights_only=True)
+                states.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+            if "weights" in state:
+                states.set_model_state_dict(policy, state["weights"], options=WHOLE)
+        except Exception as error:  # missing, damaged, or of another model
+            fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
         for group in optimizer.param_groups:
             group.update(optimizer.defaults)  # use this run's learning rate; loading turns tuples into lists
         if RANK == 0:
             (self.part / "args.json").write_text(json.dumps(self.settings))
-        return state["step"], state["metrics"]
+        return state["step"] - state["done"], state["done"], state["metrics"]
 
-    def write(self, name, policy, optimizer, **state):
-        """Writes `state` and the optimizer's state to a file of the folder."""
-        state["optimizer"] = states.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    def save(self, policy, optimizer, **state):
+        """Writes the checkpoint to resume from. state: step, done, metrics."""
+        state["weights"], state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
         if RANK == 0:
             torch.save(state, self.part / "new.pt")
-            os.replace(self.part / "new.pt", self.part / name)
-
-    def save(self, policy, optimizer, step, metrics):
-        """Writes the checkpoint to resume from, after `step` steps of this run."""
-        weights = states.get_model_state_dict(policy, options=WHOLE)
-        self.write("checkpoint.pt", policy, optimizer, step=step, weights=weights, metrics=metrics)
+            os.replace(self.part / "new.pt", self.part / "checkpoint.pt")
 
     def finish(self, policy, optimizer, tokenizer, step):
         """Writes the policy and optimizer.pt (`step`: steps of all phases) and renames OUT.part to OUT."""
-        weights = states.get_model_state_dict(policy, options=WHOLE)
-        self.write("optimizer.pt", policy, optimizer, step=step)
+        weights, state = states.get_state_dict(policy, optimizer, options=WHOLE)
         if RANK == 0:
-            trained = policy if WORLD == 1 else load_policy(self.model, "cpu", "float32")
+            trained = policy if WORLD == 1 else load_policy(self.args.model, "cpu", "float32")
             trained.load_state_dict(weights)
             trained.save_pretrained(self.part)
             tokenizer.save_pretrained(self.part)
-            for leftover in (self.part / "checkpoint.pt", self.part / "lock"):
-                leftover.unlink(missing_ok=True)
+            torch.save({"step": step, "optimizer": state}, self.part / "optimizer.pt")
+            for leftover in ("checkpoint.pt", "lock"):
+                (self.part / leftover).unlink(missing_ok=True)
             os.replace(self.part, self.out)
-
-
-def lock_folder(folder, out):
-    """Refuses to work in `folder` beside another run. The lock ends with the process that holds the file."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-    except OSError as error:
-        fail(out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
-    try:
-        if RANK == 0:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(out, "another run that is writing it", "one run per folder", "wait or choose another --out")
-    return file
 
 
 class MetricsLog:
@@ -708,18 +655,6 @@ class StopRequest:
         if WORLD > 1:
             torch.distributed.all_reduce(self.flag, torch.distributed.ReduceOp.MAX)
         return bool(self.flag)
-
-
-def restore_optimizer(path, policy, optimizer):
-    """Loads optimizer.pt of the previous phase, if there is one. Returns the steps of all phases so far."""
-    if path is None:
-        return 0
-    try:
-        state = torch.load(path, weights_only=True)
-        states.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
-    except Exception as error:  # missing, damaged, or of another model
-        fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
-    return state["step"]
 
 
 # ---- the command line ----
@@ -785,26 +720,24 @@ def main():
         return
     tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
     tokenizer, temperature = load_tokenizer(args.model), rollouts["meta"]["temperature"]
-    sampler = Sampler(args, [rollouts, *tests.values()])  # first: vLLM needs the most memory when it starts
+    sampler = Sampler(args, tokenizer, [rollouts, *tests.values()])  # first: vLLM starts with an empty GPU
     policy = build_policy(args.model, args)
     reference = build_policy(args.ref or args.model, args) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
-    first = restore_optimizer(args.optimizer, policy, optimizer)
-    checkpoint.lock = lock_folder(checkpoint.part, args.out)
-    done, metrics = checkpoint.restore(policy, optimizer)
+    first, done, metrics = checkpoint.restore(policy, optimizer)
 
     sampler.update(policy)
     if first + done == 0:
-        metrics = [{"step": 0, "seconds": 0.0, **evaluate(sampler, tokenizer, tests, args)}]
+        metrics = [{"step": 0, "seconds": 0.0, **evaluate(sampler, tests, args)}]
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     log, stop = MetricsLog(checkpoint.part, metrics), StopRequest()
     progress = tqdm(initial=done, total=args.steps, unit="step", desc=f"train {args.out}", disable=RANK > 0)
-    while done < args.steps and not stop.received():
+    stopped = False
+    while done < args.steps and not stopped:
         began, step = time.perf_counter(), first + done  # step counts over all phases, done over this run
         batch = batch_of_step(selected, args.batch_size, step, args.seed)
         seeds = [stream_seed(args.seed, step, j) for j in range(len(batch))]
-        responses, logprobs, rewards = roll_out(sampler, tokenizer, rollouts, batch, args.group, temperature,
-                                                seeds)
+        responses, logprobs, rewards = sampler(rollouts, batch, args.group, temperature, seeds)
         sampling_seconds = time.perf_counter() - began
         sampler.sleep()
         row = grpo_step(policy, reference, optimizer, [rollouts["prompts"][i] for i in batch], responses,
@@ -814,15 +747,15 @@ def main():
         row["frac_truncated"] = sum(truncated) / len(truncated)
         done, seconds = done + 1, seconds + time.perf_counter() - began
         if done == args.steps or (step + 1) % args.eval_every == 0:
-            row |= evaluate(sampler, tokenizer, tests, args)
+            row |= evaluate(sampler, tests, args)
         log.append({"step": step + 1, "seconds": seconds, "sampling_seconds": sampling_seconds, **row})
         progress.set_postfix(reward=f"{row['reward']:.2f}", zero_std=f"{row['frac_reward_zero_std']:.2f}")
         progress.update()
-        if done % args.save_every == 0 and done < args.steps:
-            checkpoint.save(policy, optimizer, done, metrics)
+        stopped = stop.received()
+        if done < args.steps and (stopped or done % args.save_every == 0):
+            checkpoint.save(policy, optimizer, step=first + done, done=done, metrics=metrics)
     progress.close()
     if done < args.steps:
-        checkpoint.save(policy, optimizer, done, metrics)
         if RANK == 0:
             print(f"{args.out}: stopped after step {done}; the same command resumes it", file=sys.stderr)
         sys.exit(130)

@@ -70,8 +70,10 @@ def rollouts_for(variant, policy, old, folder, seed):
             for start in range(0, len(prompts), 512):
                 some = slice(start, start + 512)
                 responses = [ragged["responses"][i] for i in range(len(prompts))[some]]
-                logp, mask = train_grpo.group_logprobs(model, prompts[some], responses, temperature)
-                logprobs.append(logp[mask])
+                with torch.no_grad():
+                    hidden, tokens, mask = train_grpo.group_hidden(model.base_model, prompts[some], responses)
+                    logits = train_grpo.output_logits(model, hidden, temperature)
+                logprobs.append(train_grpo.token_logprobs(logits, tokens, mask)[mask])
             torch.save({**rollouts, "logprobs": torch.cat(logprobs)}, path)
         else:
             path.symlink_to(old / f"{name}.pt")

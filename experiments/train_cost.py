@@ -53,24 +53,26 @@ def ours(model, rollouts, tokenizer, steps, micro):
     args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, kl_coef=KL,
                               entropy_coef=ENTROPY, max_grad_norm=1.0)
     policy, reference = (train_grpo.load_policy(model, "cpu", "float32") for _ in range(2))
-    sampler, temperature = train_grpo.Sampler(args, [rollouts]), rollouts["meta"]["temperature"]
+    sampler, temperature = train_grpo.Sampler(args, tokenizer, [rollouts]), rollouts["meta"]["temperature"]
     sampler.update(policy)
     optimizer, found = torch.optim.AdamW(policy.parameters(), lr=LR), []
-    clock, original = {}, train_grpo.group_logprobs
-    train_grpo.group_logprobs = timed(original, clock, "log-probs of the reference")
+    clock, originals, part = {}, {}, "log-probs of the reference"
+    for name in ("group_hidden", "output_logits", "token_logprobs"):
+        originals[name] = getattr(train_grpo, name)
+        setattr(train_grpo, name, timed(originals[name], clock, part, without_gradient))
     for step in range(steps):
-        began, clock["log-probs of the reference"] = time.perf_counter(), 0.0
+        began, clock[part] = time.perf_counter(), 0.0
         batch = train_grpo.batch_of_step(range(len(rollouts["prompts"])), PROMPTS, step, 0)
         queries = [rollouts["prompts"][i] for i in batch]
         seeds = [train_grpo.stream_seed(step, i) for i in batch]
-        drawn, logp, rewards = train_grpo.roll_out(sampler, tokenizer, rollouts, batch, GROUP, temperature,
-                                                   seeds)
+        drawn, logp, rewards = sampler(rollouts, batch, GROUP, temperature, seeds)
         sampled = time.perf_counter()
         train_grpo.grpo_step(policy, reference, optimizer, queries, drawn, logp, rewards, temperature, args)
         ended = time.perf_counter()
         seconds = {"step": ended - began, "sampling and verifying": sampled - began, **clock}
         found.append((sum(map(len, drawn)), seconds))
-    train_grpo.group_logprobs = original
+    for name, original in originals.items():
+        setattr(train_grpo, name, original)
     return found
 
 

@@ -33,6 +33,16 @@ def tiny_qwen(tied, seed=0, vocab=29, **config):
     return model.eval()
 
 
+def group_logprobs(policy, prompts, responses, temperature):
+    """log pi(x_t | s_t) [b * n, R] and mask of n responses to each of b prompts, by train_grpo.py."""
+    import train_grpo
+
+    with torch.no_grad():
+        hidden, targets, mask = train_grpo.group_hidden(policy.base_model, prompts, responses)
+        logits = train_grpo.output_logits(policy, hidden, temperature)
+        return train_grpo.token_logprobs(logits, targets, mask), mask
+
+
 def run_script(name, *arguments, cwd=None):
     """Runs a stage as a user does. Returns the completed process."""
     command = [sys.executable, ROOT / name, *map(str, arguments)]

@@ -182,12 +182,13 @@ def test_no_prompt_with_a_variance(files, refuses, tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("", "an empty file"),
+    ("", "expected a .jsonl or .parquet file that is not empty"),
     ('{"prompt": "1+1=", "answer": "2"}\nnot json\n', "unreadable data"),
     ('{"query": "1+1=", "answer": "2"}\n',
      "columns ['query', 'answer']; expected a column prompt or question"),
-    ('{"prompt": "1+1=", "answer": " "}\n', "an empty answer in example 1"),
-    ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "", "answer": "2"}\n', "an empty prompt in example 2"),
+    ('{"prompt": "1+1=", "answer": " "}\n', "an empty prompt or answer in example 1"),
+    ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "", "answer": "2"}\n',
+     "an empty prompt or answer in example 2"),
     (json.dumps({"prompt": "1+" * 40, "answer": "2"}) + "\n", "a prompt of 80 tokens (example 1)")])
 def test_bad_data(text, says, files, refuses, tmp_path):
     data = tmp_path / "data.jsonl"
@@ -197,7 +198,7 @@ def test_bad_data(text, says, files, refuses, tmp_path):
 
 def test_missing_data(files, refuses, tmp_path):
     refuses(collect, "--model", files["base"], "--data", tmp_path / "no.jsonl",
-            names="no.jsonl", says="no such file")
+            names="no.jsonl", says="Unable to find")
 
 
 def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
@@ -207,7 +208,7 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     refuses(sketch, "--model", empty, "--rollouts", files["rollouts"],
-            names=empty, says="found no loadable model")
+            names=empty, says="found no usable model")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

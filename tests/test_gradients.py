@@ -86,13 +86,19 @@ def gradients(policy, batch, batched=True, rows=None):
     sketcher, total, rows = sketch.Sketcher(policy, Whole(policy), batched), 0, rows or K
     assert sketcher.batched == batched
     for first in range(0, K, rows):
-        total = total + sketch.sketch_batch(sketcher, *arguments(batch, first, first + rows))
+        total = total + sketches(sketcher, batch, first, first + rows)
     sketcher.close()
     return total
 
 
+def sketches(sketcher, batch, first=0, end=K):
+    """What a Sketcher makes of trajectories first .. end - 1 of the prompts `batch`."""
+    passes = [batch] if sketcher.batched else [[i] for i in batch]
+    return torch.cat([sketch.sketch_batch(sketcher, *arguments(one, first, end)) for one in passes])
+
+
 def arguments(batch, first=0, end=K):
-    """The arguments of a Sketcher's call for trajectories first .. end - 1 of the prompts `batch`."""
+    """The arguments of sketch_batch for trajectories first .. end - 1 of the prompts `batch`."""
     prompts, responses, beta, rewards = rollouts()
     rows = [i * K + j for i in batch for j in range(first, end)]
     return ([prompts[i] for i in batch], [responses[r] for r in rows], [beta[r] for r in rows],
@@ -232,7 +238,7 @@ def test_sketch_is_the_projection_of_the_true_gradient(policy_and_truth, project
         parameter.grad = torch.ones_like(parameter)  # as an earlier backward pass leaves it
     for batched in (True, False):
         sketcher = sketch.Sketcher(policy, projection, batched)
-        assert relative_error(sketch.sketch_batch(sketcher, *arguments([0, 1, 2, 3, 4])), expected) <= 1e-5
+        assert relative_error(sketches(sketcher, [0, 1, 2, 3, 4]), expected) <= 1e-5
         sketcher.close()
 
 

@@ -194,7 +194,7 @@ def test_killed_stage_ends_with_the_same_bytes(micro_run, world, tmp_path, stage
     arguments, files = commands(micro_run[0], world, tmp_path)[stage]
     command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
     began = time.monotonic()
-    reached = {"train_grpo": "policy.part/checkpoint.pt", "sketch": "train.npy.*.parts/2.npy"}.get(stage)
+    reached = {"train_grpo": "policy.part/checkpoint.pt", "sketch": "train.npy.*.parts/2.pt"}.get(stage)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if reached:  # the first kill comes after some work is saved
         while not list(tmp_path.glob(reached)):

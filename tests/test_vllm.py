@@ -3,13 +3,14 @@
 If vLLM is not installed, tests/vllm.sh creates an environment with its CPU build for these tests.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_loop, tiny_qwen
+from conftest import ROOT, group_logprobs, run_loop, tiny_qwen
 
 import train_grpo
 
@@ -37,8 +38,8 @@ def test_every_ratio_is_one_at_the_base_policy(rollouts, world):
     ours, k = rollouts["vllm"], int(K)
     policy = train_grpo.load_policy(world / "base", "cpu", "float32")
     prompts = [prompt for prompt in ours["prompts"] for _ in range(k)]
-    logp, mask = train_grpo.group_logprobs(policy, prompts, list(ours["responses"]),
-                                              ours["meta"]["temperature"])
+    logp, mask = group_logprobs(policy, prompts, list(ours["responses"]),
+                                ours["meta"]["temperature"])
     assert (logp[mask] - torch.cat(list(ours["logprobs"]))).abs().max() < 1e-4
 
 
@@ -97,18 +98,19 @@ def test_weights_and_cached_prefixes_are_replaced(tmp_path):
     policy = tiny_qwen(tied=True, hidden_size=64, num_key_value_heads=1, num_attention_heads=2,
                        max_position_embeddings=512)
     policy.save_pretrained(tmp_path)
-    llm = train_grpo.load_vllm(str(tmp_path), "float32", 4096, 512)
+    args = argparse.Namespace(engine="vllm", model=str(tmp_path), dtype="float32", kv_tokens=4096)
+    rollouts = {"prompt_lengths": torch.tensor([400]), "meta": {"max_new_tokens": 112}}
+    sampler = train_grpo.Sampler(args, None, [rollouts])
     seeded = [torch.Generator().manual_seed(i) for i in (0, 1)]
     prompts = [torch.randint(2, 29, (400,), generator=rng).tolist() for rng in seeded]
     repeated = [p for p in prompts for _ in range(8)]
     for update in range(4):
-        drawn, logprobs = train_grpo.sample_vllm(llm, prompts, 8, 0.7, 20, [1], [update, 99])
-        logp, mask = train_grpo.group_logprobs(policy, repeated, drawn, 0.7)
+        drawn, logprobs = train_grpo.sample_vllm(sampler.model, prompts, 8, 0.7, 20, [1], [update, 99])
+        logp, mask = group_logprobs(policy, repeated, drawn, 0.7)
         flat = torch.tensor([x for row in logprobs for x in row])
         found = torch.zeros_like(logp).masked_scatter_(mask, flat)
         assert len(drawn) == 16 and (logp - found).abs().max() < 1e-3
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        weights = ((name, parameter.detach()) for name, parameter in policy.named_parameters())
-        train_grpo.update_vllm(llm, weights)
+        sampler.update(policy)
