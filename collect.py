@@ -15,7 +15,7 @@ Writes  --out    one for each of --data, or one for all of them (a pool of sever
                      prompt_tokens    int32   [sum of prompt lengths]     prompt_lengths   int64 [N]
                      response_tokens  int32   [sum of response lengths]   response_lengths int64 [N*K]
                      logprobs         float32 [sum of response lengths]   log beta(token | what precedes it)
-                     rewards          float32 [N, K]                      1 if the verifier accepts, else 0
+                     rewards          float32 [N, K]                      of the verifier, in [0, 1]
                      answers          list[str] [N]
                      families         list[str] [N], the --family-key column; or a pool's data set
                      meta             dict: format, model, data, k, temperature, max_new_tokens, eos_ids,
@@ -38,6 +38,7 @@ as sampled (re-tokenized text loses the end token), and log-probs are at the sam
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -46,7 +47,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import datasets
@@ -126,16 +127,39 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 ENGINES = {"hf": sample, "vllm": sample_vllm}
 
 
-def verify(response, answer, verifier):
-    """R(tau) in {0, 1}: whether the text `response` gives `answer`.
+@cache
+def load_function(name):
+    """The function that 'path/to/file.py:function' names. Runs the file."""
+    path, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except Exception as error:  # whatever the user's file raises
+        fail(name, f"no such verifier ({error!r})", "math, exact or path/to/file.py:function", "see --help")
 
-    verifier 'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
+
+def verify(response, answer, verifier):
+    """R(tau) in [0, 1]: whether, or how well, the text `response` gives `answer`.
+
+    verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
+    'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
     'math': math-verify finds the response's final expression and compares it with the answer as mathematics
     (1/2 = 0.5); of an answer with '####' (GSM8K), only what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
     """
+    if verifier not in ("exact", "math"):
+        try:
+            reward = float(load_function(verifier)(response, answer))
+            if not 0 <= reward <= 1:  # or NaN
+                raise ValueError(f"it returned {reward}")
+            return reward
+        except Exception as error:
+            fail(verifier, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
+                 "a number in [0, 1]", "fix the function")
     if verifier == "exact":
         boxed = response.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in response else response
         return float(boxed.strip() == answer.strip())
@@ -224,7 +248,7 @@ def end_tokens(name, tokenizer):
 def load_examples(source, prompt_keys, answer_keys, family_key, limit):
     """[(prompt, answer, family)] of a .jsonl or .parquet file or of a hub data set `name[:config[:split]]`.
 
-    Prompt and answer are in the first of the keys that is a column.
+    Prompt and answer are in the first of the keys that is a column. A list of answers is joined by commas.
     """
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     name, config, split = (source.split(":", 2) + ["", ""])[:3]
@@ -240,9 +264,11 @@ def load_examples(source, prompt_keys, answer_keys, family_key, limit):
             source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}", "set --prompt-key")
     for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
         prompt, answer = (row[column] for column in columns)
-        if not prompt or answer is None or not str(answer).strip():
+        answers = answer if isinstance(answer, list) else [answer]
+        answer = ", ".join(str(part) for part in answers if part is not None)
+        if not prompt or not answer.strip():
             fail(source, f"an empty prompt or answer in example {number}", f"text in {columns}", "drop it")
-        examples.append((prompt, str(answer), str(row.get(family_key) or "")))
+        examples.append((prompt, answer, str(row.get(family_key) or "")))
     return examples
 
 
@@ -367,8 +393,11 @@ def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples,
     # vLLM schedules its cache itself; 1024 responses per batch keep it busy
     budget = args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // max(1, k))
     plan = batches_by_tokens(costs, budget)
+    own = Path(args.verifier.rpartition(":")[0])
+    settings = [meta, prompts, answers, policy_fingerprint, args.engine, args.dtype, args.kv_tokens,
+                own.read_text() if own.is_file() else ""]  # a verifier that was edited is another one
     parts = run_batches(partial(sample_batch, args, tokenizer, policy, prompts, answers, eos_ids), plan, out,
-                        [meta, prompts, answers, policy_fingerprint, args.engine, args.dtype, args.kv_tokens])
+                        settings)
     if RANK > 0:
         return
     merged = merge_parts(plan, parts)
@@ -392,7 +421,8 @@ def main():
     parser.add_argument("--k", type=int, default=8, help="responses per prompt (8); 0: none")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled distribution (1.0)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of a response (1024)")
-    parser.add_argument("--verifier", choices=["math", "exact"], default="math", help="of answers (math)")
+    parser.add_argument("--verifier", default="math",
+                        help="math, exact or your own function, path/to/file.py:function (math)")
     parser.add_argument("--prompt-key", nargs="+", default=["prompt", "question", "problem"],
                         help="column of the prompt: the first that the data has (prompt question problem)")
     parser.add_argument("--answer-key", nargs="+", default=["answer", "solution"],
@@ -411,6 +441,8 @@ def main():
              "k >= 0, temperature > 0, max-new-tokens >= 1", "see --help")
     if len(args.out) not in (1, len(args.data)):
         fail("--out", f"{len(args.out)} names", f"1 or {len(args.data)}", "name one for each of --data")
+    if args.verifier not in ("exact", "math"):
+        load_function(args.verifier)  # fails early
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

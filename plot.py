@@ -25,8 +25,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "random": "#95a5a6",
-          "passrate": "#2980b9", "learnability": "#27ae60"}
+COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "dapo": "#8e44ad",
+          "random": "#95a5a6", "passrate": "#2980b9", "learnability": "#27ae60"}
 
 
 def fail(source, found, expected, hint):
@@ -62,7 +62,7 @@ def read_run(folder):
         fail(folder, "no finished phase", "phase-0/policy/metrics.jsonl",
              "run run_cropi.sh to the end of a phase")
     method = folder.resolve().name
-    needed = {"full": (), "random": (), "passrate": ("train",), "learnability": ("train",)}
+    needed = {"full": (), "dapo": (), "random": (), "passrate": ("train",), "learnability": ("train",)}
     needed = needed.get(method, ("train", "val"))  # the collection stages whose rollouts the method uses
     return {"method": method, "phases": phases, "collection": sum(collected[stage] for stage in needed),
             "rewards": rollouts["rewards"].numpy(), "families": rollouts["families"]}
@@ -125,7 +125,7 @@ def plot_selected(runs, path):
     first = {}
     for run in runs:
         first.setdefault(run["method"], run)  # one seed per method
-    runs = [run for method, run in first.items() if method != "full"]
+    runs = [run for method, run in first.items() if method not in ("full", "dapo")]
     if not runs:
         return None
     k = runs[0]["rewards"].shape[1]

@@ -7,6 +7,7 @@
 #                                               your own model and data (README.md)
 #   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh
 #                                               the paper's main experiment
+#   DRY_RUN=1 bash run_cropi.sh                 prints the commands of a run; runs and writes nothing
 #
 # If a run was stopped or killed, the same command with the same settings resumes it.
 set -euo pipefail
@@ -18,8 +19,9 @@ PRESET=${PRESET:-}                    # file that sets some of the knobs below; 
 [ -z "$PRESET" ] || [ -f "$PRESET" ] ||
     die "PRESET $PRESET: no such file; set PRESET to an existing file such as: $(echo presets/*)"
 [ -z "$PRESET" ] || . "$PRESET"
-METHOD=${METHOD:-cropi}               # full, random, passrate, learnability, influence or cropi; influence
-                                      # selects once, cropi in every phase
+METHOD=${METHOD:-cropi}               # full, dapo (all prompts too), random, passrate, learnability,
+                                      # influence (selects once) or cropi (selects in every phase)
+DRY_RUN=${DRY_RUN:-}                  # 1: print the commands, run nothing
 MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub name; empty: the toy world
 if [ -z "$MODEL" ]; then
     TOY=${TOY:-runs/toy-world}        # folder of the toy's data and base policy, made once
@@ -44,15 +46,18 @@ TEST=${TEST:-}                        # test sets, in the same form; may be empt
 PROMPT_KEY=${PROMPT_KEY:-prompt question problem}    # prompt column: the first one in the data
 ANSWER_KEY=${ANSWER_KEY:-answer solution}            # answer column: the first one in the data
 INSTRUCTION=${INSTRUCTION:-}          # text appended to every prompt that is a string
-VERIFIER=${VERIFIER:-math}            # math or exact
+VERIFIER=${VERIFIER:-math}            # math, exact or your own function, path/to/file.py:function
 VAL_LIMIT=${VAL_LIMIT:-100}           # prompts used per validation set (the first ones)
 K=${K:-8}                             # trajectories per train prompt
 K_VAL=${K_VAL:-32}                    # trajectories per validation prompt
-TEMPERATURE=${TEMPERATURE:-0.5}       # sampling temperature of all stages (paper: 0.5)
+TEMPERATURE=${TEMPERATURE:-0.5}       # sampling temperature of the rollouts (paper: 0.5)
+TRAIN_TEMPERATURE=${TRAIN_TEMPERATURE:-$TEMPERATURE}     # of the responses that GRPO trains on
+EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-$TRAIN_TEMPERATURE} # of the responses to test prompts; 0: greedy only
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}                # length limit of a response
 PHASES=${PHASES:-4}                   # number of phases, the paper's M
 STEPS=${STEPS:-50}                    # GRPO steps per phase
 ALPHA=${ALPHA:-0.1}                   # fraction of the train prompts selected
+CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts sketched, drawn anew in each phase
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
 RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
@@ -76,6 +81,7 @@ PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .
 . ./setup.sh
 ENGINE=${ENGINE:-${GPU:+vllm}} ENGINE=${ENGINE:-hf}
 
+
 launch=("$PYTHON")
 [ "$NPROC" -eq 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 
@@ -86,9 +92,10 @@ now() { "$PYTHON" -c 'import time; print(time.time())'; }
 stage() {
     local folder=$1 name=$2 began
     shift 2
-    grep -q "^$name	" "$folder/seconds.tsv" 2>/dev/null && return
+    [ -n "$DRY_RUN" ] || ! grep -q "^$name	" "$folder/seconds.tsv" 2>/dev/null || return 0
+    echo "+$(printf ' %q' "$@")"
+    [ -z "$DRY_RUN" ] || return 0
     mkdir -p "$folder"
-    echo "+ $*"
     began=$(now)
     "$@"
     printf '%s\t%s\n' "$name" "$("$PYTHON" -c "import time; print(round(time.time() - $began, 2))")" \
@@ -99,6 +106,7 @@ stage() {
 # values, stops with an error.
 settings() {
     local folder=$1 name text=
+    [ -z "$DRY_RUN" ] || return 0
     shift
     for name in "$@"; do text="$text$name=${!name}"$'\n'; done
     mkdir -p "$folder"
@@ -112,20 +120,24 @@ settings() {
 
 for method in $BASELINE $METHOD; do
     case $method in
-    full | random | passrate | learnability | influence | cropi) ;;
-    *) die "METHOD $method: unknown method; expected full, random, passrate, learnability, influence" \
+    full | dapo | random | passrate | learnability | influence | cropi) ;;
+    *) die "METHOD $method: unknown method; expected full, dapo, random, passrate, learnability, influence" \
         "or cropi; set METHOD and BASELINE to these names" ;;
     esac
 done
 [ -n "$TRAIN" ] && [ -n "$VAL" ] ||
     die "MODEL is set but TRAIN or VAL is not; set both as in the example of README.md"
+awk "BEGIN { exit !($CANDIDATES >= $ALPHA && $CANDIDATES <= 1) }" ||
+    die "CANDIDATES $CANDIDATES: expected a share between ALPHA ($ALPHA) and 1; set it or ALPHA"
 
-mkdir -p "$RUN"
-# The lock is held until this script and its stages have exited. The stages of a killed run may need a moment
-# to exit, so wait up to 5 seconds for it.
-exec 9>"$RUN/lock"
-! command -v flock >/dev/null || flock -w 5 9 ||
-    die "another run_cropi.sh is running in $RUN; wait until it ends or set RUN to another folder"
+if [ -z "$DRY_RUN" ]; then
+    mkdir -p "$RUN"
+    # The lock is held until this script and its stages have exited. The stages of a killed run may need a
+    # moment to exit, so wait up to 5 seconds for it.
+    exec 9>"$RUN/lock"
+    ! command -v flock >/dev/null || flock -w 5 9 ||
+        die "another run_cropi.sh is running in $RUN; wait until it ends or set RUN to another folder"
+fi
 
 if [ -n "$TOY" ]; then
     stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY"
@@ -159,13 +171,14 @@ collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${va
 
 # ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD
-    local method=$1 folder=$RUN/$1 policy=$MODEL optimizer=() m phase val name
-    settings "$folder" PHASES STEPS ALPHA KEEP DIM RRF_C BATCH GROUP LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES \
-        SAVE_EVERY
+    local method=$1 folder=$RUN/$1 policy=$MODEL optimizer=() dapo=() rule m phase val name
+    settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RRF_C BATCH GROUP TRAIN_TEMPERATURE LR KL_COEF \
+        ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+    [ "$method" != dapo ] || dapo=(--dynamic-sampling --token-mean)
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
         echo "== $method, phase $m =="
-        mkdir -p "$phase"
+        [ -n "$DRY_RUN" ] || mkdir -p "$phase"
         case $method in
         influence | cropi)
             if [ "$method" = influence ] && [ "$m" -gt 0 ]; then
@@ -176,14 +189,15 @@ run_method() { # METHOD
                 stage "$folder" "phase-$m-sketch" "${launch[@]}" sketch.py --model "$policy" \
                     --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
                     --out "$phase/train.npy" "${val[@]}" --keep "$KEEP" --dim "$DIM" \
-                    --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED"
+                    --candidates "$CANDIDATES" --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED"
                 stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" \
                     --val "${val[@]}" --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" \
                     --alpha "$ALPHA" --rrf-c "$RRF_C"
             fi
             ;;
         *) # each phase has its own seed for random choices
-            stage "$folder" "phase-$m-score" "$PYTHON" score.py --method "$method" \
+            rule=${method/dapo/full}
+            stage "$folder" "phase-$m-score" "$PYTHON" score.py --method "$rule" \
                 --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" --alpha "$ALPHA" \
                 --seed "$((SEED * 1000 + m))"
             ;;
@@ -193,8 +207,9 @@ run_method() { # METHOD
             --steps "$STEPS" --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" \
             --eval-every "$EVAL_EVERY" --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" \
             --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --batch-tokens "$BATCH_TOKENS" \
-            --dtype "$DTYPE" --seed "$SEED" --entropy-coef "$ENTROPY_COEF" \
-            ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
+            --dtype "$DTYPE" --seed "$SEED" --entropy-coef "$ENTROPY_COEF" --verifier "$VERIFIER" \
+            --train-temperature "$TRAIN_TEMPERATURE" --eval-temperature "$EVAL_TEMPERATURE" \
+            ${dapo[@]+"${dapo[@]}"} ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy optimizer=(--optimizer "$phase/policy/optimizer.pt")
     done
 }
@@ -205,4 +220,8 @@ for method in $BASELINE $METHOD; do
     run_method "$method"
     folders+=("$RUN/$method")
 done
-"$PYTHON" plot.py "${folders[@]}" --out "$RUN"
+if [ -n "$DRY_RUN" ]; then
+    echo "+ $PYTHON plot.py ${folders[*]} --out $RUN"
+else
+    "$PYTHON" plot.py "${folders[@]}" --out "$RUN"
+fi

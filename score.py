@@ -15,8 +15,8 @@ Writes  --out       selected.npy: int64 [n], best first.
                     scores.npy beside it (cropi only): float32 [N, V], U_v(s0), -inf for a zero gradient.
 
 The other methods are baselines for the same loop. full: all prompts; random: n of them; passrate: n at random
-of those with 0 < p < 1, p their mean reward under beta; learnability: the n of highest p (1 - p), ties at
-random. Sketches stay on disk and are read in blocks of rows, so memory does not grow with N.
+of those with unequal rewards; learnability: of these, the n of highest p (1 - p), p the mean reward under
+beta, ties at random. Sketches stay on disk and are read in blocks of rows, so memory does not grow with N.
 
     python score.py --train train.npy --val val_a.npy val_b.npy --out selected.npy
     python score.py --method learnability --rollouts train.pt --out selected.npy --seed 1
@@ -88,7 +88,7 @@ def select_baseline(method, rewards, n, seed):
         return np.arange(len(p))
     if method == "random":
         return shuffled[:n]
-    learnability = p * (1 - p)
+    learnability = np.where(rewards.max(1) > rewards.min(1), p * (1 - p), 0)  # 0 without a gradient
     if method == "passrate":
         return shuffled[learnability[shuffled] > 0][:n]
     return shuffled[select(learnability[shuffled], n)]
@@ -227,7 +227,7 @@ def main():
             source = args.rollouts or args.train
             fail(source, "no prompt with a reward variance", "one", "raise K in collect.py")
         np.save(file, selected.astype(np.int64))
-    note = f" (fewer than floor(alpha N) = {n}: the others have a zero gradient)" if len(selected) < n else ""
+    note = f" (fewer than floor(alpha N) = {n}: the others have no gradient)" if len(selected) < n else ""
     print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{note}")
 
 

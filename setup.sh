@@ -5,6 +5,10 @@ GPU= requirements=requirements.txt
 if nvidia-smi >/dev/null 2>&1; then
     GPU=1 requirements=requirements-vllm.txt
 fi
+if [ -n "${DRY_RUN:-}" ]; then
+    PYTHON=${PYTHON:-.venv/bin/python}
+    return 0
+fi
 if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: ${PYTHON:-python3} is $("${PYTHON:-python3}" -V 2>&1); expected Python 3.11 or later;" \
         "put one first in PATH, or set PYTHON to one that has requirements.txt" >&2

@@ -12,9 +12,10 @@ unbiased estimates of dot products of gradients.
 
 Reads   --model      the current policy theta; --rollouts: one or more rollouts.pt of collect.py.
 Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero where all rewards are
-                     equal (the gradient is zero). A .json of the same name holds what must match before two
-                     sketches are compared (format, policy fingerprint, seed, keep, dim) and what was seen
-                     (prompts, skipped, tokens, seconds).
+                     equal (the gradient is zero) and where the prompt is no candidate. A .json of the same
+                     name holds what must match before two sketches are compared (format, policy fingerprint,
+                     seed, keep, dim) and what was seen (prompts, candidates, those of them skipped for equal
+                     rewards, tokens, seconds).
 
 One backward pass serves many prompts. sketch_batch runs the forward pass (group_hidden), the backward pass of
 the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
@@ -40,6 +41,7 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -68,9 +70,9 @@ def group_advantage(rewards):
     >>> group_advantage(torch.tensor([[1., 0.], [1., 1.]])).round(decimals=3).tolist()
     [[0.707, -0.707], [0.0, 0.0]]
     """
-    std = rewards.std(-1, keepdim=True)
-    advantages = (rewards - rewards.mean(-1, keepdim=True)) / (std + 1e-4)
-    return torch.where(std > 0, advantages, torch.zeros_like(advantages))
+    advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # where std R may be rounding
+    return advantages.masked_fill(equal, 0)
 
 
 def token_ratio(logp, logp_beta):
@@ -454,18 +456,25 @@ def sketch_prompts(sketcher, rollouts, micro_batch):
     return sketch.cpu()
 
 
-def sketch_file(sketcher, path, out, identity, batch_tokens):
-    """Sketches one rollouts.pt into a .npy and its .json. identity: policy and projection, for the .json."""
+def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
+    """Sketches one rollouts.pt into a .npy and its .json. identity: policy and projection, for the .json.
+
+    share: of the prompts are candidates, drawn from the seed and the policy; the rows of the others are zero.
+    """
     began, rollouts = time.perf_counter(), load_rollouts(path)
     (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].view_as(rollouts["rewards"])
-    varied = (rollouts["rewards"].std(1) > 0).nonzero()[:, 0].tolist() if k > 1 else []
+    digest = hashlib.sha256(repr((identity["seed"], identity["policy"])).encode()).digest()
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little")))
+    candidates = order[:int(share * n)].sort().values
+    rewards = rollouts["rewards"][candidates]
+    varied = candidates[(rewards != rewards[:, :1]).any(1)].tolist()
     if not varied:
         fail(path, f"K = {k} and no prompt with unequal rewards", "K >= 2 and prompts with unequal rewards",
              "collect more responses, or other prompts")
     longest = lengths.amax(1).tolist()
     plan = plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in varied}, k, batch_tokens)
     with open(path, "rb") as file:
-        settings = [identity, batch_tokens, hashlib.file_digest(file, "sha256").hexdigest()]
+        settings = [identity, batch_tokens, str(share), hashlib.file_digest(file, "sha256").hexdigest()]
     parts = run_batches(partial(sketch_prompts, sketcher, rollouts), plan, out, settings)
     if RANK > 0:
         return
@@ -478,11 +487,13 @@ def sketch_file(sketcher, path, out, identity, batch_tokens):
             for prompt, row in zip(batch, torch.load(part, weights_only=True).numpy()):
                 file.seek(start + prompt * row.nbytes)
                 file.write(row)
-    sidecar = {**identity, "prompts": n, "skipped": n - len(varied),
+    sidecar = {**identity, "prompts": n, "candidates": len(candidates),
+               "skipped": len(candidates) - len(varied),
                "seconds": round(time.perf_counter() - began, 2), "tokens": int(lengths[varied].sum())}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
-    print(f"{out}: {n} prompts, {n - len(varied)} skipped for equal rewards, {sidecar['seconds']} s")
+    print(f"{out}: {n} prompts, {len(candidates)} candidates, {sidecar['skipped']} of them skipped for equal "
+          f"rewards, {sidecar['seconds']} s")
 
 
 # ---- the command line ----
@@ -494,6 +505,8 @@ def main():
     parser.add_argument("--out", required=True, nargs="+", type=Path, help="a .npy for each of --rollouts")
     parser.add_argument("--keep", type=float, default=0.1, help="probability of keeping a coordinate (0.1)")
     parser.add_argument("--dim", type=int, default=32768, help="numbers per sketch (32768)")
+    parser.add_argument("--candidates", type=Fraction, default=Fraction(1),
+                        help="share of the first rollouts.pt to sketch, drawn anew for each policy (1)")
     parser.add_argument("--batch-tokens", type=int, default=8192 if torch.cuda.is_available() else 512,
                         help="tokens per micro-batch (8192 on a GPU, 512 elsewhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -501,8 +514,9 @@ def main():
                         help="of the weights (float32); gradients are summed in float32 either way")
     parser.add_argument("--seed", type=int, default=0, help="of the projection (0)")
     args = parser.parse_args()
-    if not 0 < args.keep <= 1 or args.dim < 1:
-        fail("--keep, --dim", f"{args.keep}, {args.dim}", "0 < keep <= 1, dim >= 1", "the paper: 0.1, 32768")
+    if not (0 < args.keep <= 1 and 0 < args.candidates <= 1 and args.dim >= 1):
+        fail("--keep, --candidates, --dim", f"{args.keep}, {args.candidates}, {args.dim}",
+             "0 < keep, candidates <= 1; dim >= 1", "the paper: 0.1, 1, 32768")
     if len(args.rollouts) != len(args.out):
         fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
@@ -516,8 +530,9 @@ def main():
     identity = {"format": FORMAT, "policy": fingerprint(policy), "seed": args.seed, "keep": args.keep,
                 "dim": args.dim}
     sketcher = make_sketcher(policy, Projection(args.seed, args.keep, args.dim, policy.device))
-    for path, out in zip(args.rollouts, args.out):
-        sketch_file(sketcher, path, out, identity, args.batch_tokens)
+    for number, (path, out) in enumerate(zip(args.rollouts, args.out)):
+        share = 1 if number else args.candidates
+        sketch_file(sketcher, path, out, identity, args.batch_tokens, share)
     for out in args.out if RANK == 0 else ():
         for folder in out.parent.glob(f"{out.name}.*.parts"):
             shutil.rmtree(folder)

@@ -10,18 +10,24 @@ maximizes
 averaged over the batch's prompts. AdamW makes one update per batch: pi_old is pi_theta itself, rho is 1 with
 the gradient of log pi, and clipping never applies. pi_ref is --ref, the policy before any RL, in every phase.
 
+DAPO (Yu et al. 2025) is --dynamic-sampling, which replaces groups of equal rewards by the groups of further
+prompts, in at most 10 rounds of --batch-size prompts per step (then the batch is smaller), with --token-mean,
+a mean over all tokens of the batch instead of 1/|o_i|. Its higher upper clip could not act: rho is 1.
+
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its meta, temperature, length limit,
                      end tokens and verifier. Its responses are not used.
         --select     selected.npy of score.py: int64 [n], the prompts to train on.
         --eval       rollouts.pt files made with --k 0: test sets. Accuracy is the mean reward of
-                     --eval-samples responses per prompt at their temperature, and of one greedy response.
-        --optimizer  optimizer.pt of the previous phase: AdamW's state and the step count continue from it.
+                     --eval-samples responses per prompt at --eval-temperature, and of one greedy response.
+        --optimizer  optimizer.pt of the previous phase: AdamW's state, the step count and the place in the
+                     order of prompts continue from it.
 Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimizer.pt, args.json, TensorBoard
                      files if TensorBoard is installed, and metrics.jsonl, one JSON object per step: step
-                     (over all phases), reward, frac_reward_zero_std (share of groups with equal rewards), kl
-                     and entropy (per token, nats), sampling_logp_difference (mean |trainer's log-prob -
-                     sampler's| per token), grad_norm, tokens, frac_truncated (share of responses that reach
-                     the length limit), seconds (of this phase's training, without evaluation),
+                     (over all phases); of all that was sampled: reward, frac_reward_zero_std (share of groups
+                     with equal rewards), tokens, response_length (mean, tokens), frac_truncated (share of
+                     responses that reach the length limit), rounds; of the update: groups, kl and entropy
+                     (per token, nats), sampling_logp_difference (mean |trainer's log-prob - sampler's| per
+                     token), grad_norm; seconds (of this phase's training, without evaluation),
                      sampling_seconds (of this step), eval.
 
 The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
@@ -49,6 +55,7 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +71,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 FORMAT = 2  # of rollouts.pt
 CLIP = 0.2  # eps, the paper's value; no flag: with one update per batch, clipping never applies
+ROUNDS = 10  # of dynamic sampling per step, at most
 LOGITS = 2**25  # logits in memory at once, at least one response's
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
@@ -78,9 +86,9 @@ def group_advantage(rewards):
     >>> group_advantage(torch.tensor([[1., 0.], [1., 1.]])).round(decimals=3).tolist()
     [[0.707, -0.707], [0.0, 0.0]]
     """
-    std = rewards.std(-1, keepdim=True)
-    advantages = (rewards - rewards.mean(-1, keepdim=True)) / (std + 1e-4)
-    return torch.where(std > 0, advantages, torch.zeros_like(advantages))
+    advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # where std R may be rounding
+    return advantages.masked_fill(equal, 0)
 
 
 def kl_k3(logp, logp_ref):
@@ -184,13 +192,13 @@ def plan_batches(sizes, k, budget):
     return plan
 
 
-def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, rewards, temperature, args):
+def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, rewards, args):
     """One AdamW update towards higher J on a batch of groups. Returns its row of metrics.jsonl.
 
     prompts: B sequences of token ids; responses, logp_sampled: B*G lists, prompt-major; rewards: [B, G]. J is
     a mean over the B*G responses, to which each micro-batch of --batch-tokens contributes.
     """
-    group, total_tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
+    group, tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
     pad, advantages = nn.utils.rnn.pad_sequence, group_advantage(rewards).flatten().to(device)  # [B*G]
     sums, sizes = torch.zeros(3, device=device), {}  # over all tokens: of k3, H and |logp - logp_sampled|
     for j, prompt in enumerate(prompts):
@@ -211,15 +219,17 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
         weights = advantages[torch.tensor(rows, device=device)]  # [b * n]
         at_once = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))
         for some in torch.arange(len(rows), device=device).split(at_once):
-            logits = output_logits(policy, leaf[some], temperature)  # [at_once, R, V]
+            logits = output_logits(policy, leaf[some], args.train_temperature)  # [at_once, R, V]
             logp = token_logprobs(logits, targets[some], mask[some])
             entropy, logp_ref = token_entropy(logits, mask[some]), None
             if reference:
                 with torch.no_grad():
-                    logits = output_logits(reference, hidden_ref[some], temperature)
+                    logits = output_logits(reference, hidden_ref[some], args.train_temperature)
                     logp_ref = token_logprobs(logits, targets[some], mask[some])
             objective = grpo_objective(logp, logp.detach(), logp_ref, entropy, weights[some], mask[some],
                                        CLIP, args.kl_coef, args.entropy_coef)
+            if args.token_mean:  # weights |o_i| / mean |o|
+                objective = objective * mask[some].sum(1) * (len(responses) / tokens)
             (-objective.sum() * mine * WORLD / len(responses)).backward()  # FSDP takes the mean over ranks
             k3 = kl_k3(logp.detach(), logp_ref) if reference else torch.zeros_like(logp)
             difference = (logp.detach() - sampled[some]).abs()
@@ -230,10 +240,8 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    kl, entropy, difference = (sums / total_tokens).tolist()
-    zero_std = (rewards.std(1) == 0).float().mean()
-    return {"reward": float(rewards.mean()), "frac_reward_zero_std": float(zero_std), "tokens": total_tokens,
-            "kl": kl, "entropy": entropy, "sampling_logp_difference": difference,
+    kl, entropy, difference = (sums / tokens).tolist()
+    return {"groups": len(prompts), "kl": kl, "entropy": entropy, "sampling_logp_difference": difference,
             "grad_norm": float(whole(grad_norm))}
 
 
@@ -371,16 +379,39 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 ENGINES = {"hf": sample, "vllm": sample_vllm}
 
 
-def verify(response, answer, verifier):
-    """R(tau) in {0, 1}: whether the text `response` gives `answer`.
+@cache
+def load_function(name):
+    """The function that 'path/to/file.py:function' names. Runs the file."""
+    path, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except Exception as error:  # whatever the user's file raises
+        fail(name, f"no such verifier ({error!r})", "math, exact or path/to/file.py:function", "see --help")
 
-    verifier 'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
+
+def verify(response, answer, verifier):
+    """R(tau) in [0, 1]: whether, or how well, the text `response` gives `answer`.
+
+    verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
+    'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
     'math': math-verify finds the response's final expression and compares it with the answer as mathematics
     (1/2 = 0.5); of an answer with '####' (GSM8K), only what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
     """
+    if verifier not in ("exact", "math"):
+        try:
+            reward = float(load_function(verifier)(response, answer))
+            if not 0 <= reward <= 1:  # or NaN
+                raise ValueError(f"it returned {reward}")
+            return reward
+        except Exception as error:
+            fail(verifier, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
+                 "a number in [0, 1]", "fix the function")
     if verifier == "exact":
         boxed = response.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in response else response
         return float(boxed.strip() == answer.strip())
@@ -427,10 +458,10 @@ class Sampler:
                 ours.data.copy_(weight)
 
     def __call__(self, rollouts, batch, k, temperature, seeds):
-        """k responses to each of the B prompts `batch` of a rollouts.pt, verified. seeds: B ints.
+        """k verified responses to each of the B prompts `batch` of a rollouts.pt. seeds: B ints.
 
-        Every rank samples its share and receives the others'. Returns responses and logprobs, B*k lists each,
-        prompt-major, and rewards [B, k].
+        Every rank samples its share and receives the others'. Returns B groups (k responses, k lists of
+        log-probs, k rewards).
         """
         meta, groups, of_ranks = rollouts["meta"], {}, [None] * WORLD
         prompts = {j: rollouts["prompts"][batch[j]].tolist() for j in range(RANK, len(batch), WORLD)}
@@ -448,8 +479,7 @@ class Sampler:
         if WORLD > 1:
             torch.distributed.all_gather_object(of_ranks, groups)
             groups = {j: group for share in of_ranks for j, group in share.items()}
-        responses, logprobs, rewards = zip(*(groups[j] for j in range(len(batch))))
-        return sum(responses, []), sum(logprobs, []), torch.tensor(rewards)
+        return [groups[j] for j in range(len(batch))]
 
 
 def pack_output_layer(model):
@@ -460,27 +490,56 @@ def pack_output_layer(model):
 
 
 def evaluate(sampler, tests, args):
-    """{"eval": {test set: {"mean": sampled accuracy, "greedy": greedy accuracy}}}, by the same seeds."""
+    """{"eval": {test set: {"mean": accuracy at --eval-temperature, "greedy": greedy accuracy}}}."""
     results = {}
     for name, test in tests.items():
-        batch, temperature = range(len(test["prompts"])), test["meta"]["temperature"]
-        seeds = [stream_seed(args.seed, "eval", i) for i in batch]
-        sampled = sampler(test, batch, args.eval_samples, temperature, seeds)[2]
-        greedy = sampler(test, batch, 1, 0.0, seeds)[2]
-        results[name] = {"mean": float(sampled.mean()), "greedy": float(greedy.mean())}
+        batch, results[name] = range(len(test["prompts"])), {}
+        seeds = [stream_seed(args.seed, "eval", i) for i in batch]  # the same in every evaluation
+        greedy = sampled = sampler(test, batch, 1, 0.0, seeds)
+        if args.eval_temperature:
+            sampled = sampler(test, batch, args.eval_samples, args.eval_temperature, seeds)
+        for kind, groups in (("mean", sampled), ("greedy", greedy)):
+            results[name][kind] = float(torch.tensor([group[2] for group in groups]).mean())
     return {"eval": results} if results else {}
 
 
-def batch_of_step(selected, size, step, seed):
-    """The `size` prompts of a step: epoch after epoch over `selected`, each in its own random order."""
-    batch = []
-    for place in range(step * size, (step + 1) * size):
+def next_prompts(selected, position, count, seed):
+    """`count` prompts from a position on: epoch after epoch over `selected`, each in its own random order."""
+    prompts = []
+    for place in range(position, position + count):
         epoch, offset = divmod(place, len(selected))
-        if not batch or offset == 0:
+        if not prompts or offset == 0:
             generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
             order = torch.randperm(len(selected), generator=generator)
-        batch.append(selected[order[offset]])
-    return batch
+        prompts.append(selected[order[offset]])
+    return prompts
+
+
+def sample_groups(sampler, rollouts, selected, position, step, args):
+    """The groups of a step as grpo_step takes them: prompts, responses, logprobs, rewards.
+
+    Returns them, the position after the last prompt, and the metrics of all that was sampled.
+    """
+    sampled, size = [], args.batch_size  # sampled: (prompt, responses, logprobs, rewards) of each group
+    for turn in range(ROUNDS if args.dynamic_sampling else 1):
+        batch = next_prompts(selected, position, size, args.seed)
+        seeds = [stream_seed(args.seed, step, turn * size + j) for j in range(size)]
+        groups = sampler(rollouts, batch, args.group, args.train_temperature, seeds)
+        sampled += [(rollouts["prompts"][i], *group) for i, group in zip(batch, groups)]
+        position += size
+        unequal = [group for group in sampled if max(group[3]) > min(group[3])]
+        if len(unequal) >= size:
+            break
+    kept = (unequal[:size] or sampled[-size:]) if args.dynamic_sampling else sampled
+    prompts, responses, logprobs, rewards = zip(*kept)
+    groups = prompts, sum(responses, []), sum(logprobs, []), torch.tensor(rewards)
+    responses, rewards = sum((group[1] for group in sampled), []), [group[3] for group in sampled]
+    tokens = sum(map(len, responses))
+    truncated = [response[-1] not in rollouts["meta"]["eos_ids"] for response in responses]
+    row = {"reward": float(torch.tensor(rewards).mean()), "rounds": turn + 1,
+           "frac_reward_zero_std": 1 - len(unequal) / len(sampled), "tokens": tokens,
+           "response_length": tokens / len(responses), "frac_truncated": sum(truncated) / len(truncated)}
+    return groups, position, row
 
 
 # ---- files and ranks ----
@@ -574,43 +633,44 @@ class Checkpoint:
     def restore(self, policy, optimizer):
         """Loads this run's checkpoint, if there is one, or else the state of --optimizer.
 
-        Returns the steps of earlier phases, those of this run, and this run's metrics.
+        Returns the state: step (over all phases), done (steps of this run), position (in the order of
+        prompts) and metrics (of this run).
         """
         self.lock = lock_folder(self.part, self.out)
-        state, path = {"step": 0, "done": 0, "metrics": []}, self.args.optimizer
+        state, path = {"step": 0, "done": 0, "position": 0, "metrics": []}, self.args.optimizer
         if (self.part / "checkpoint.pt").exists():
             self.check_settings(self.part)
             path = self.part / "checkpoint.pt"
         try:
             if path:
                 state |= torch.load(path, weights_only=True)
-                states.set_optimizer_state_dict(policy, optimizer, state["optimizer"], options=WHOLE)
+                states.set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=WHOLE)
             if "weights" in state:
-                states.set_model_state_dict(policy, state["weights"], options=WHOLE)
+                states.set_model_state_dict(policy, state.pop("weights"), options=WHOLE)
         except Exception as error:  # missing, damaged, or of another model
             fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
         for group in optimizer.param_groups:
             group.update(optimizer.defaults)  # use this run's learning rate; loading turns tuples into lists
         if RANK == 0:
             (self.part / "args.json").write_text(json.dumps(self.settings))
-        return state["step"] - state["done"], state["done"], state["metrics"]
+        return state
 
     def save(self, policy, optimizer, **state):
-        """Writes the checkpoint to resume from. state: step, done, metrics."""
+        """Writes the checkpoint to resume from. state: as `restore` returns it."""
         state["weights"], state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
         if RANK == 0:
             torch.save(state, self.part / "new.pt")
             os.replace(self.part / "new.pt", self.part / "checkpoint.pt")
 
-    def finish(self, policy, optimizer, tokenizer, step):
-        """Writes the policy and optimizer.pt (`step`: steps of all phases) and renames OUT.part to OUT."""
-        weights, state = states.get_state_dict(policy, optimizer, options=WHOLE)
+    def finish(self, policy, optimizer, tokenizer, **state):
+        """Writes the policy and optimizer.pt, with `state` (step, position), and renames OUT.part to OUT."""
+        weights, state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
         if RANK == 0:
             trained = policy if WORLD == 1 else load_policy(self.args.model, "cpu", "float32")
             trained.load_state_dict(weights)
             trained.save_pretrained(self.part)
             tokenizer.save_pretrained(self.part)
-            torch.save({"step": step, "optimizer": state}, self.part / "optimizer.pt")
+            torch.save(state, self.part / "optimizer.pt")
             for leftover in ("checkpoint.pt", "lock"):
                 (self.part / leftover).unlink(missing_ok=True)
             os.replace(self.part, self.out)
@@ -665,6 +725,7 @@ def parse_arguments():
     parser.add_argument("--ref", help="reference of the KL term, theta(0) in every phase (--model)")
     parser.add_argument("--rollouts", required=True, help="rollouts.pt with the train prompts")
     parser.add_argument("--select", required=True, help="selected.npy: the prompts to train on")
+    parser.add_argument("--verifier", help="the rollouts' own, file.py:function: it runs only if named here")
     parser.add_argument("--eval", nargs="*", default=[], help="test sets: rollouts.pt files")
     parser.add_argument("--optimizer", help="optimizer.pt of the previous phase")
     parser.add_argument("--out", required=True, type=Path, help="folder of the new policy")
@@ -672,6 +733,11 @@ def parse_arguments():
     parser.add_argument("--batch-size", type=int, default=128, help="prompts per step (128)")
     parser.add_argument("--group", type=int, default=8, help="responses per prompt, G (8)")
     parser.add_argument("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant (1e-6)")
+    parser.add_argument("--train-temperature", type=float, help="of the responses trained on (the rollouts')")
+    parser.add_argument("--eval-temperature", type=float,
+                        help="of the sampled test responses (--train-temperature); 0: greedy only")
+    parser.add_argument("--dynamic-sampling", action="store_true", help="replace groups of equal rewards")
+    parser.add_argument("--token-mean", action="store_true", help="J as a mean over the batch's tokens")
     parser.add_argument("--kl-coef", type=float, default=1e-3, help="lambda_KL (0.001); 0: no reference")
     parser.add_argument("--entropy-coef", type=float, default=1e-3, help="lambda_H (0.001)")
     parser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (1.0)")
@@ -713,53 +779,55 @@ def main():
     start(args)
     rollouts = load_rollouts(args.rollouts)
     selected = load_selection(args.select, len(rollouts["prompts"]))
+    tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
+    for name in {source["meta"]["verifier"] for source in (rollouts, *tests.values())}:
+        if name not in ("exact", "math", args.verifier):  # it would run code that the command does not name
+            fail("--verifier", args.verifier, f"the rollouts' own, {name}", "name it if you trust it")
+    if args.train_temperature is None:
+        args.train_temperature = rollouts["meta"]["temperature"]
+    if args.eval_temperature is None:
+        args.eval_temperature = args.train_temperature
     checkpoint = Checkpoint(args, selected)
     if args.out.exists():
         checkpoint.check_settings(args.out)
         print(f"{args.out}: complete, nothing to do")
         return
-    tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
-    tokenizer, temperature = load_tokenizer(args.model), rollouts["meta"]["temperature"]
+    tokenizer = load_tokenizer(args.model)
     sampler = Sampler(args, tokenizer, [rollouts, *tests.values()])  # first: vLLM starts with an empty GPU
     policy = build_policy(args.model, args)
     reference = build_policy(args.ref or args.model, args) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
-    first, done, metrics = checkpoint.restore(policy, optimizer)
+    state = checkpoint.restore(policy, optimizer)
+    step, done, position, metrics = (state[name] for name in ("step", "done", "position", "metrics"))
 
     sampler.update(policy)
-    if first + done == 0:
+    if step == 0:
         metrics = [{"step": 0, "seconds": 0.0, **evaluate(sampler, tests, args)}]
     seconds = metrics[-1]["seconds"] if metrics else 0.0
-    log, stop = MetricsLog(checkpoint.part, metrics), StopRequest()
+    log, stop, stopped = MetricsLog(checkpoint.part, metrics), StopRequest(), False
     progress = tqdm(initial=done, total=args.steps, unit="step", desc=f"train {args.out}", disable=RANK > 0)
-    stopped = False
     while done < args.steps and not stopped:
-        began, step = time.perf_counter(), first + done  # step counts over all phases, done over this run
-        batch = batch_of_step(selected, args.batch_size, step, args.seed)
-        seeds = [stream_seed(args.seed, step, j) for j in range(len(batch))]
-        responses, logprobs, rewards = sampler(rollouts, batch, args.group, temperature, seeds)
-        sampling_seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        groups, position, row = sample_groups(sampler, rollouts, selected, position, step, args)
+        row["sampling_seconds"] = time.perf_counter() - began
         sampler.sleep()
-        row = grpo_step(policy, reference, optimizer, [rollouts["prompts"][i] for i in batch], responses,
-                        logprobs, rewards, temperature, args)
+        row |= grpo_step(policy, reference, optimizer, *groups, args)
         sampler.update(policy)
-        truncated = [r[-1] not in rollouts["meta"]["eos_ids"] for r in responses]
-        row["frac_truncated"] = sum(truncated) / len(truncated)
-        done, seconds = done + 1, seconds + time.perf_counter() - began
-        if done == args.steps or (step + 1) % args.eval_every == 0:
+        step, done, seconds = step + 1, done + 1, seconds + time.perf_counter() - began
+        if done == args.steps or step % args.eval_every == 0:
             row |= evaluate(sampler, tests, args)
-        log.append({"step": step + 1, "seconds": seconds, "sampling_seconds": sampling_seconds, **row})
+        log.append({"step": step, "seconds": seconds, **row})
         progress.set_postfix(reward=f"{row['reward']:.2f}", zero_std=f"{row['frac_reward_zero_std']:.2f}")
         progress.update()
         stopped = stop.received()
         if done < args.steps and (stopped or done % args.save_every == 0):
-            checkpoint.save(policy, optimizer, step=first + done, done=done, metrics=metrics)
+            checkpoint.save(policy, optimizer, step=step, done=done, position=position, metrics=metrics)
     progress.close()
     if done < args.steps:
         if RANK == 0:
             print(f"{args.out}: stopped after step {done}; the same command resumes it", file=sys.stderr)
         sys.exit(130)
-    checkpoint.finish(policy, optimizer, tokenizer, first + done)
+    checkpoint.finish(policy, optimizer, tokenizer, step=step, position=position)
     if RANK == 0:
         print(f"{args.out}: {done} steps on {len(selected)} prompts, {seconds:.0f} s; "
               f"{json.dumps(metrics[-1].get('eval', {}))}")

@@ -51,9 +51,11 @@ def without_gradient():
 def ours(model, rollouts, tokenizer, steps, micro):
     """Our steps: [(sampled tokens, {part: seconds})]. micro: tokens per micro-batch."""
     args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, kl_coef=KL,
-                              entropy_coef=ENTROPY, max_grad_norm=1.0)
+                              entropy_coef=ENTROPY, max_grad_norm=1.0, batch_size=PROMPTS, group=GROUP,
+                              train_temperature=rollouts["meta"]["temperature"], dynamic_sampling=False,
+                              token_mean=False, seed=0)
     policy, reference = (train_grpo.load_policy(model, "cpu", "float32") for _ in range(2))
-    sampler, temperature = train_grpo.Sampler(args, tokenizer, [rollouts]), rollouts["meta"]["temperature"]
+    sampler, position = train_grpo.Sampler(args, tokenizer, [rollouts]), 0
     sampler.update(policy)
     optimizer, found = torch.optim.AdamW(policy.parameters(), lr=LR), []
     clock, originals, part = {}, {}, "log-probs of the reference"
@@ -62,15 +64,13 @@ def ours(model, rollouts, tokenizer, steps, micro):
         setattr(train_grpo, name, timed(originals[name], clock, part, without_gradient))
     for step in range(steps):
         began, clock[part] = time.perf_counter(), 0.0
-        batch = train_grpo.batch_of_step(range(len(rollouts["prompts"])), PROMPTS, step, 0)
-        queries = [rollouts["prompts"][i] for i in batch]
-        seeds = [train_grpo.stream_seed(step, i) for i in batch]
-        drawn, logp, rewards = sampler(rollouts, batch, GROUP, temperature, seeds)
+        groups, position, row = train_grpo.sample_groups(
+            sampler, rollouts, range(len(rollouts["prompts"])), position, step, args)
         sampled = time.perf_counter()
-        train_grpo.grpo_step(policy, reference, optimizer, queries, drawn, logp, rewards, temperature, args)
+        train_grpo.grpo_step(policy, reference, optimizer, *groups, args)
         ended = time.perf_counter()
         seconds = {"step": ended - began, "sampling and verifying": sampled - began, **clock}
-        found.append((sum(map(len, drawn)), seconds))
+        found.append((row["tokens"], seconds))
     for name, original in originals.items():
         setattr(train_grpo, name, original)
     return found

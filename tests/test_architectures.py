@@ -63,10 +63,11 @@ def test_grpo_step_is_exact(name):
     train_grpo.check_forward(policy)
     before = [parameter.detach().double().clone() for parameter in policy.parameters()]
     prompts, responses, beta, rewards = rollouts(n=2)
-    args = argparse.Namespace(kl_coef=0.0, entropy_coef=bonus, max_grad_norm=1e9, batch_tokens=64)
+    args = argparse.Namespace(kl_coef=0.0, entropy_coef=bonus, max_grad_norm=1e9, batch_tokens=64,
+                              train_temperature=temperature, token_mean=False)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     train_grpo.grpo_step(policy, None, optimizer, prompts, responses, [b.tolist() for b in beta], rewards,
-                         temperature, args)
+                         args)
     after = [parameter.detach().double() for parameter in policy.parameters()]
     moved = torch.cat([(new - old).flatten() for new, old in zip(after, before)])
     policy.double()

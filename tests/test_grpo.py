@@ -77,7 +77,7 @@ def test_entropy_and_gradient_in_closed_form():
 
 
 def test_advantages():
-    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0.25, 1, 0.5, 0.25]])
     found = train_grpo.group_advantage(rewards)
     for row, values in zip(found.tolist(), rewards.tolist()):
         mean = sum(values) / 4
@@ -89,7 +89,13 @@ def test_advantages():
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 2]]
 
 
-def one_step(batch_tokens, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0)):
+def test_equal_graded_rewards_have_no_advantage():
+    """The standard deviation of eight rewards of 0.1 is not 0 in floating point."""
+    rewards = torch.full((1, 8), 0.1)
+    assert rewards.std() > 0 and not train_grpo.group_advantage(rewards).any()
+
+
+def one_step(batch_tokens, token_mean=False, optimizer=torch.optim.SGD):
     """grpo_step on 3 prompts x 4 responses of varying length, with log-probs of another policy.
 
     Returns the change of all parameters, the row of metrics and the inputs.
@@ -105,18 +111,24 @@ def one_step(batch_tokens, optimizer=lambda parameters: torch.optim.SGD(paramete
     noise = 0.3 * torch.randn(logp.shape, generator=rng)
     old = [(logp[i] + noise[i])[mask[i]].tolist() for i in range(12)]
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
-    args = argparse.Namespace(kl_coef=KL, entropy_coef=ENTROPY, max_grad_norm=1e9, batch_tokens=batch_tokens)
-    row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters()), PROMPTS, responses, old,
-                               rewards, 0.8, args)
+    args = argparse.Namespace(kl_coef=KL, entropy_coef=ENTROPY, max_grad_norm=1e9, batch_tokens=batch_tokens,
+                              train_temperature=0.8, token_mean=token_mean)
+    row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters(), lr=1.0), PROMPTS, responses,
+                               old, rewards, args)
     pairs = zip(policy.parameters(), before.parameters())
     move = torch.cat([(a.double() - b).flatten() for a, b in pairs]).detach()
     return move, row, (before, reference.double(), responses, old, rewards)
 
 
-def test_step_is_the_gradient_of_the_objective():
-    """One SGD step with learning rate 1 adds the gradient of J, computed here per token in float64."""
-    move, row, (policy, reference, responses, old, rewards) = one_step(10**6)
-    total, gap, entropies = 0, 0, 0
+@pytest.mark.parametrize("token_mean", [False, True])
+@pytest.mark.parametrize("batch_tokens", [10**6, 40])
+def test_step_is_the_gradient_of_the_objective(token_mean, batch_tokens):
+    """One SGD step with learning rate 1 adds the gradient of J, computed here per token in float64.
+
+    J is a mean over tokens within each response, then over responses (GRPO), or over all tokens (DAPO).
+    """
+    move, row, (policy, reference, responses, old, rewards) = one_step(batch_tokens, token_mean)
+    total, gap, entropies, tokens = 0, 0, 0, sum(map(len, responses))
     for i, response in enumerate(responses):
         group = rewards[i // 4].double()
         advantage = (group[i % 4] - group.mean()) / (group.std() + 1e-4)
@@ -129,7 +141,7 @@ def test_step_is_the_gradient_of_the_objective():
             gain = ratio * advantage - KL * (delta.exp() - delta - 1) + ENTROPY * entropy
             gap += abs(logp.item() - old[i][t])
             entropies += entropy.item()
-            total = total + gain / len(response) / 12
+            total = total + gain * (1 / tokens if token_mean else 1 / len(response) / 12)
     truth = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(policy.parameters()))])
     assert relative_error(move, truth) <= 1e-4
     mean_gap, mean_entropy = (x / sum(map(len, responses)) for x in (gap, entropies))
@@ -195,8 +207,73 @@ def test_two_armed_bandit(tmp_path, call, dtype):
 
 def test_each_epoch_visits_every_selected_prompt_once():
     selected, size = [3, 8, 1, 9, 4], 4
-    visited = [i for step in range(10) for i in train_grpo.batch_of_step(selected, size, step, seed=2)]
+    visited = [i for step in range(10) for i in train_grpo.next_prompts(selected, step * size, size, seed=2)]
     epochs = [visited[start:start + 5] for start in range(0, 40, 5)]
     assert all(sorted(epoch) == sorted(selected) for epoch in epochs) and len(set(map(tuple, epochs))) > 4
-    large = train_grpo.batch_of_step(selected, 10, 0, seed=2)  # a batch that spans two epochs
+    large = train_grpo.next_prompts(selected, 0, 10, seed=2)  # a batch that spans two epochs
     assert sorted(large) == sorted(selected * 2)
+
+
+class Planned:
+    """Stands for a Sampler: the rewards of a prompt are planned; its responses are the prompt's token."""
+
+    def __init__(self, rewards):
+        self.rewards, self.asked, self.seeds = rewards, [], []
+
+    def __call__(self, rollouts, batch, k, temperature, seeds):
+        self.asked += batch
+        self.seeds += seeds
+        return [([[i]] * k, [[0.0]] * k, self.rewards[i]) for i in batch]
+
+
+def planned_groups(rewards, dynamic, position=0, size=4):
+    args = argparse.Namespace(batch_size=size, group=2, seed=3, train_temperature=1.0,
+                              dynamic_sampling=dynamic)
+    rollouts = {"prompts": [[i] for i in range(len(rewards))], "meta": {"eos_ids": [0]}}
+    sampler, selected = Planned(rewards), list(range(len(rewards)))
+    return *train_grpo.sample_groups(sampler, rollouts, selected, position, 7, args), sampler
+
+
+def test_dynamic_sampling_replaces_groups_of_equal_rewards():
+    """Every third group is unequal: rounds of 4 prompts until 4 such groups are found, in order."""
+    rewards = [[0.0, 1.0] if i % 3 == 0 else [0.3, 0.3] for i in range(30)]
+    (prompts, responses, logprobs, found), position, row, sampler = planned_groups(rewards, dynamic=True)
+    order = train_grpo.next_prompts(list(range(30)), 0, 30, 3)
+    expected = [i for i in order if i % 3 == 0][:4]
+    assert [prompt[0] for prompt in prompts] == expected and found.tolist() == [[0.0, 1.0]] * 4
+    assert responses == [[i] for i in expected for _ in range(2)] and len(logprobs) == 8
+    assert sampler.asked == order[:position] and position == 4 * row["rounds"] and row["rounds"] > 1
+    assert len(set(sampler.seeds)) == position and row["tokens"] == 2 * position
+    unequal = sum(i % 3 == 0 for i in sampler.asked)
+    assert row["frac_reward_zero_std"] == pytest.approx(1 - unequal / position)
+    _, plain_position, plain, _ = planned_groups(rewards, dynamic=False)
+    assert plain_position == 4 and plain["rounds"] == 1
+
+
+def test_dynamic_sampling_is_bounded():
+    """Ten rounds: then the batch is smaller or, without any unequal group, one without a gradient."""
+    few = [[0.0, 1.0] if i == 5 else [1.0, 1.0] for i in range(60)]
+    (prompts, _, _, _), position, row, _ = planned_groups(few, dynamic=True, size=6)
+    assert [prompt[0] for prompt in prompts] == [5] and row["rounds"] == 10 and position == 60
+    (prompts, _, _, rewards), _, row, _ = planned_groups([[0.2, 0.2]] * 60, dynamic=True, size=6)
+    assert len(prompts) == 6 and not train_grpo.group_advantage(rewards).any() and row["rounds"] == 10
+
+
+def test_temperatures(micro_run, world, tmp_path, call):
+    """The trainer's log-probs are at the temperature of its own samples; --eval-temperature 0 is greedy."""
+    run = micro_run[0]
+    arguments = ("--model", world / "base", "--rollouts", run / "rollouts/train.pt", "--eval",
+                 run / "rollouts/targeted.pt", "--select", run / "cropi/phase-0/selected.npy", "--steps", 1,
+                 "--batch-size", 6, "--eval-samples", 2)
+    rows = {}
+    for name, more in (("follows", ()), ("equal", ("--train-temperature", 1.0, "--eval-temperature", 1.0)),
+                       ("apart", ("--train-temperature", 0.3, "--eval-temperature", 0))):
+        assert call(train_grpo, *arguments, "--out", tmp_path / name, *more)[0] == 0
+        rows[name] = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+    assert [row["eval"] for row in rows["follows"]] == [row["eval"] for row in rows["equal"]]
+    assert rows["apart"][1]["entropy"] < 0.8 * rows["follows"][1]["entropy"]
+    for name in rows:
+        assert rows[name][1]["sampling_logp_difference"] < 1e-5
+    result = rows["apart"][0]["eval"]["targeted"]
+    assert result["mean"] == result["greedy"] == rows["follows"][0]["eval"]["targeted"]["greedy"]
+    assert rows["follows"][0]["eval"]["targeted"]["mean"] != result["mean"]

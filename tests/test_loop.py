@@ -3,11 +3,13 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +118,56 @@ def test_old_python_is_refused(tmp_path):
         assert done.stderr.count("\n") == 1
 
 
+PRESETS = sorted((ROOT / "presets").glob("*.sh"))
+METHODS = ("full", "dapo", "random", "passrate", "learnability", "influence", "cropi")
+
+
+@pytest.mark.parametrize("preset", ["", *(f"presets/{path.name}" for path in PRESETS)])
+def test_dry_run_prints_every_command_and_writes_nothing(preset, tmp_path):
+    """Run in a copy: all methods, two phases. Each option of a command is one of its script."""
+    for name in ("run_cropi.sh", "setup.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    before = sorted(tmp_path.rglob("*"))
+    settings = {"DRY_RUN": "1", "PRESET": preset, "PHASES": "2", "BASELINE": " ".join(METHODS),
+                "RUN": "runs/x"}
+    environment = {key: os.environ[key] for key in ("PATH", "HOME")}
+    done = subprocess.run(["bash", "run_cropi.sh"], cwd=tmp_path, capture_output=True, text=True,
+                          env=environment | settings)
+    assert done.returncode == 0 and not done.stderr and sorted(tmp_path.rglob("*")) == before
+    commands = [shlex.split(line[2:]) for line in done.stdout.splitlines() if line.startswith("+ ")]
+    scripts = [Path(command[1]).name for command in commands if command[0] != "cp"]
+    assert scripts.count("collect.py") == 3 and scripts.count("train_grpo.py") == 2 * len(METHODS)
+    assert scripts.count("sketch.py") == 3 and scripts[-1] == "plot.py" and "1" not in scripts
+    for command in commands:  # every option exists
+        if command[0] != "cp" and Path(command[1]).name not in ("make_toy.py", "plot.py"):
+            options = {word for word in command if word.startswith("--")}
+            assert all(f'"{option}"' in (ROOT / command[1]).read_text() for option in options), command
+    dapo = [command for command in commands if "runs/x/dapo/phase-1/policy" in command]
+    assert len(dapo) == 1 and {"--dynamic-sampling", "--token-mean"} < set(dapo[0])
+
+
+def test_candidates_below_alpha_are_refused(tmp_path):
+    for candidates, refused in (("0.05", True), ("1.5", True), ("0.1", False), ("1/2", False)):
+        done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
+                              env={**os.environ, "DRY_RUN": "1", "CANDIDATES": candidates})
+        assert (done.returncode == 2 and "CANDIDATES" in done.stderr) == refused
+
+
+def test_dapo_and_candidates_in_the_loop(micro_run, world, tmp_path):
+    """The loop with METHOD=dapo and, in the same folder, CROPI on a half of the pool in each phase."""
+    run_loop(tmp_path, world, METHOD="cropi", BASELINE="dapo", CANDIDATES="0.5", EVAL_TEMPERATURE="0")
+    files = [tmp_path / f"dapo/phase-{m}/policy/metrics.jsonl" for m in (0, 1)]
+    steps = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert any(row.get("rounds", 1) > 1 for row in steps)
+    assert all(result["mean"] == result["greedy"] for row in steps for result in row.get("eval", {}).values())
+    chosen = [np.load(tmp_path / f"cropi/phase-{m}/train.npy").any(1) for m in (0, 1)]
+    for m in (0, 1):
+        assert json.loads((tmp_path / f"cropi/phase-{m}/train.json").read_text())["candidates"] == 60
+        selected = np.load(tmp_path / f"cropi/phase-{m}/selected.npy")
+        assert len(selected) <= 24 and chosen[m][selected].all()
+
+
 def test_preset_sets_what_the_environment_does_not(tmp_path):
     """The model does not exist: collect.py reports that after the settings have been written."""
     def loop(preset, **environment):
@@ -126,7 +178,7 @@ def test_preset_sets_what_the_environment_does_not(tmp_path):
 
     done = loop("presets/qwen2.5-1.5b.sh")
     assert done.returncode == 2 and "collect.py: error: " in done.stderr and done.stderr.count("\n") == 1
-    assert "--k 4 " in done.stdout and "--instruction  Please reason step by step" in done.stdout
+    assert "--k 4 " in done.stdout and r"--instruction \ Please\ reason\ step" in done.stdout
     lines = (tmp_path / "rollouts/settings.txt").read_text().splitlines()
     found = dict(line.split("=", 1) for line in lines)
     assert found["K"] == "4" and found["K_VAL"] == "32"

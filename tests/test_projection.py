@@ -1,13 +1,16 @@
 """The sparse random projection: linear, reproducible, unbiased, of the theoretical variance."""
 
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_qwen
 from test_gradients import arguments
 
+import score
 import sketch
 from sketch import Projection, kept_coordinates
 from sparse_ratio import Rademacher
@@ -104,3 +107,30 @@ def test_masks_cover_every_kind_of_parameter():
             kinds[kind][1] += parameter.numel()
     for kept, total in kinds.values():
         assert total > 1000 and abs(kept - 0.1 * total) <= 4 * (0.09 * total) ** 0.5
+
+
+def test_candidates(micro_run, world, tmp_path, call):
+    """A share of the first rollouts.pt is sketched, drawn anew for each policy; the others are whole."""
+    run = micro_run[0]
+    rollouts = [run / f"rollouts/{name}.pt" for name in ("train", "val_sort")]
+    drawn = []
+    for number, model in enumerate((world / "base", run / "cropi/phase-0/policy")):
+        for name, share in (("all", "1"), ("third", "1/3"), ("again", "1/3")):
+            outs = [tmp_path / f"{number}-{name}-{which}.npy" for which in ("t", "v")]
+            assert call(sketch, "--model", model, "--rollouts", *rollouts, "--out", *outs, "--dim", 64,
+                        "--candidates", share)[0] == 0
+        names = ("all", "third", "again")
+        every, third, again = (np.load(tmp_path / f"{number}-{name}-t.npy") for name in names)
+        chosen = third.any(1)
+        assert np.array_equal(third, again) and chosen.sum() < every.any(1).sum()
+        apart = np.linalg.norm(third - every, axis=1)[chosen]  # other prompts share the micro-batches
+        assert (apart <= 1e-4 * np.linalg.norm(every, axis=1)[chosen]).all()
+        files = [tmp_path / f"{number}-{name}-v.npy" for name in ("all", "third")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        sidecar = json.loads((tmp_path / f"{number}-third-t.json").read_text())
+        assert sidecar["candidates"] == 40 and sidecar["candidates"] - sidecar["skipped"] == chosen.sum()
+        drawn.append(chosen)
+    assert (drawn[0] != drawn[1]).any()
+    assert call(score, "--train", tmp_path / "1-third-t.npy", "--val", tmp_path / "1-all-v.npy",
+                "--alpha", "0.1", "--out", tmp_path / "s.npy")[0] == 0
+    assert drawn[1][np.load(tmp_path / "s.npy")].all()

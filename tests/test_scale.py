@@ -96,9 +96,10 @@ def test_logits_of_a_real_vocabulary_exist_in_parts():
     responses = [torch.randint(9, 152064, (60,), generator=generator).tolist() for _ in range(16)]
     made, rewards = [], torch.tensor([[0.0, 1.0] * 4] * 2)
     policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
-    args = SimpleNamespace(batch_tokens=10**6, kl_coef=0.0, entropy_coef=0.001, max_grad_norm=1.0)
+    args = SimpleNamespace(batch_tokens=10**6, kl_coef=0.0, entropy_coef=0.001, max_grad_norm=1.0,
+                           train_temperature=1.0, token_mean=False)
     train_grpo.grpo_step(policy, None, torch.optim.AdamW(policy.parameters()), prompts, responses,
-                         [[0.0] * 60] * 16, rewards, 1.0, args)
+                         [[0.0] * 60] * 16, rewards, args)
     sketcher = sketch.Sketcher(policy, sketch.Projection(0, 0.001, 64, "cpu"))
     assert sketcher.batched
     advantages = sketch.group_advantage(rewards).flatten()
@@ -208,10 +209,11 @@ def test_two_processes_train_the_same(micro_run, world, tmp_path):
     assert not (two / "lock").exists() and not (two / "checkpoint.pt").exists()
 
 
-def test_stopped_training_goes_on_and_a_second_run_is_refused(micro_run, world, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--dynamic-sampling", "--token-mean")], ids=["grpo", "dapo"])
+def test_stopped_training_goes_on_and_a_second_run_is_refused(more, micro_run, world, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "policy"
     def command(out):
-        arguments = training(micro_run[0], world, out, "--save-every", 99)
+        arguments = training(micro_run[0], world, out, "--save-every", 99, *more)
         return [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
 
     subprocess.run(command(whole), check=True)

@@ -1,10 +1,15 @@
-"""The math verifier against hand labels: 1 for a correct response, 0 for any other, without side effects."""
+"""The math verifier against hand labels, without side effects; and a graded verifier of the user's own."""
 
+import json
 import os
 
+import numpy as np
 import pytest
 
 import collect
+import score
+import sketch
+import train_grpo
 
 PAIRS = [  # response, gold answer, label
     # fractions and decimals
@@ -71,3 +76,68 @@ def test_math_agrees_with_hand_labels(response, answer, label, tmp_path, monkeyp
 
 def test_enough_pairs():
     assert len(set(PAIRS)) >= 60 and 0.3 < sum(label for *_, label in PAIRS) / len(PAIRS) < 0.7
+
+
+OWN = """
+def share(response, answer):  # of the answer's letters that the response has in their places
+    answer = __import__("json").loads(answer)["text"]
+    return sum(a == b for a, b in zip(response, answer)) / len(answer)
+"""
+
+
+@pytest.fixture
+def graded(world, tmp_path):
+    """(verifier, data): a graded verifier, and prompts whose answers are JSON for it."""
+    (tmp_path / "own.py").write_text(OWN)
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:40]]
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for row in rows:
+            file.write(json.dumps({**row, "answer": json.dumps({"text": row["answer"]})}) + "\n")
+    return f"{tmp_path}/own.py:share", tmp_path / "data.jsonl"
+
+
+def test_graded_rewards_work_all_the_way(graded, world, tmp_path, call):
+    verifier, data = graded
+    base, rollouts, selected = world / "base", tmp_path / "r.pt", tmp_path / "s.npy"
+    assert call(collect, "--model", base, "--data", data, "--out", rollouts, "--k", 4, "--max-new-tokens", 8,
+                "--verifier", verifier)[0] == 0
+    loaded = sketch.load_rollouts(rollouts)
+    rewards, tokenizer = loaded["rewards"], collect.load_tokenizer(base)
+    assert len(set(rewards.flatten().tolist())) > 4 and loaded["meta"]["verifier"] == verifier
+    text = tokenizer.decode(loaded["responses"][5], skip_special_tokens=True)
+    answer = json.loads(loaded["answers"][1])["text"]
+    assert rewards[1, 1].item() == pytest.approx(sum(a == b for a, b in zip(text, answer)) / len(answer))
+    assert call(sketch, "--model", base, "--rollouts", rollouts, "--out", tmp_path / "t.npy")[0] == 0
+    unequal = (rewards.amax(1) != rewards.amin(1)).numpy()
+    assert (np.load(tmp_path / "t.npy").any(1) == unequal).all() and 0 < unequal.sum() < 40
+    for method in ("passrate", "learnability"):
+        arguments = ("--method", method, "--rollouts", rollouts, "--out", selected, "--alpha", 1)
+        assert call(score, *arguments)[0] == 0
+        assert set(np.load(selected)) == set(np.flatnonzero(unequal))
+    arguments = ("--model", base, "--rollouts", rollouts, "--select", selected, "--steps", 2,
+                 "--batch-size", 4)
+    refused, _, error = call(train_grpo, *arguments, "--out", tmp_path / "no")
+    assert refused == 2 and verifier in error and error.count("\n") == 1 and not (tmp_path / "no").exists()
+    assert call(train_grpo, *arguments, "--out", tmp_path / "policy", "--verifier", verifier)[0] == 0
+    rows = [json.loads(line) for line in open(tmp_path / "policy/metrics.jsonl")]
+    assert all(0 < row["reward"] < 1 for row in rows[1:])
+
+
+@pytest.mark.parametrize("body, says", [
+    ("return 1.5", "it returned 1.5"), ("return float('nan')", "it returned nan"),
+    ("return answer[99]", "IndexError"),
+    ("return 'yes'", "ValueError"), (None, "no such verifier"), ("an error", "no such verifier")])
+def test_bad_verifier_is_one_line(body, says, world, tmp_path, call):
+    verifier = f"{tmp_path}/own.py:reward"
+    (tmp_path / "own.py").write_text("" if body is None else f"def reward(response, answer):\n    {body}\n")
+    code, _, error = call(collect, "--model", world / "base", "--data", world / "train.jsonl", "--limit", 2,
+                          "--k", 2, "--max-new-tokens", 4, "--out", tmp_path / "r.pt", "--verifier", verifier)
+    line = error[error.index("collect.py: error: "):].splitlines()[0]
+    assert code == 2 and verifier in line and says in line and "expected" in line, error
+    assert not (tmp_path / "r.pt").exists()
+
+
+def test_unknown_verifier_is_refused(world, tmp_path, call):
+    code, _, error = call(collect, "--model", world / "base", "--data", world / "train.jsonl",
+                          "--out", tmp_path / "r.pt", "--verifier", "maths")
+    assert code == 2 and "maths" in error and "math, exact or path/to/file.py:function" in error
