@@ -2,9 +2,11 @@
 
 Reads   run folders RUN/METHOD (and RUN/rollouts next to them). Runs of one method with several seeds are
         drawn as their mean with a band from the lowest to the highest.
-Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps and against seconds. Solid lines: mean
-                           reward at the sampling temperature; dotted lines: greedy decoding. Seconds cover
-                           training, selection and the collection that the method needs, but no evaluation.
+Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps, seconds and sampled tokens. Solid
+                           lines: mean reward at the evaluation's temperature; dotted: greedy decoding.
+                           Seconds and tokens cover training, selection and the collection that the method
+                           needs, but no evaluation.
+        OUT/training.png   entropy and mean response length of each GRPO step.
         OUT/selected.png   the selection of each phase by family (if the data has families) and by pass rate
                            under beta.
 Prints  a table: method, phase, prompts selected, selection seconds, training seconds, accuracy at the end of
@@ -43,9 +45,11 @@ def read_seconds(path):
 
 
 def read_run(folder):
-    """A run: its method, phases [{selected, selection (seconds), rows of metrics.jsonl}], collection seconds,
-    and the rewards and families of the train prompts."""
-    shared, phases = folder.parent / "rollouts", []
+    """A run: its method, phases [{selected, selection (seconds), rows of metrics.jsonl}], seconds and tokens
+    of the collection that it needs, and the rewards and families of the train prompts."""
+    shared, phases, method = folder.parent / "rollouts", [], folder.resolve().name
+    needed = {"full": (), "dapo": (), "random": (), "passrate": ("train",), "learnability": ("train",)}
+    needed = needed.get(method, ("train", "val"))  # stages of the collection
     try:
         seconds = read_seconds(folder / "seconds.tsv")
         collected = read_seconds(shared / "seconds.tsv")
@@ -55,47 +59,47 @@ def read_run(folder):
                 "selected": np.load(folder / f"phase-{m}" / "selected.npy"),
                 "selection": seconds.get(f"phase-{m}-sketch", 0) + seconds.get(f"phase-{m}-score", 0),
                 "rows": [json.loads(line) for line in metrics.read_text().splitlines()]})
-        rollouts = torch.load(shared / "train.pt", weights_only=True)
+        rollouts = torch.load(shared / "train.pt", weights_only=True, mmap=True)
+        tokens = 0
+        for path in [path for stage in needed for path in shared.glob(f"{stage}*.pt")]:
+            tokens += len(torch.load(path, weights_only=True, mmap=True)["response_tokens"])
     except (OSError, ValueError) as error:
         fail(folder, f"no readable run ({error})", "a folder RUN/METHOD of run_cropi.sh", "run it first")
     if not phases:
         fail(folder, "no finished phase", "phase-0/policy/metrics.jsonl",
              "run run_cropi.sh to the end of a phase")
-    method = folder.resolve().name
-    needed = {"full": (), "dapo": (), "random": (), "passrate": ("train",), "learnability": ("train",)}
-    needed = needed.get(method, ("train", "val"))  # the collection stages whose rollouts the method uses
     return {"method": method, "phases": phases, "collection": sum(collected[stage] for stage in needed),
-            "rewards": rollouts["rewards"].numpy(), "families": rollouts["families"]}
+            "tokens": tokens, "rewards": rollouts["rewards"].numpy(), "families": rollouts["families"]}
 
 
 def curve(run):
-    """(steps, cumulative seconds, {test: (accuracy, greedy accuracy)}) of a run's evaluations."""
-    steps, seconds, tests, spent = [], [], {}, run["collection"]
+    """x [3, evaluations] (steps, seconds, tokens so far) and {test: (accuracy, greedy accuracy)} of a run."""
+    x, tests, spent, tokens = [], {}, run["collection"], run["tokens"]
     for phase in run["phases"]:
         spent += phase["selection"]
         for row in phase["rows"]:
+            tokens += row.get("tokens", 0)  # the row before the first step has none
             if "eval" in row:
-                steps.append(row["step"])
-                seconds.append(spent + row["seconds"])
+                x.append((row["step"], spent + row["seconds"], tokens))
                 for test, result in row["eval"].items():
                     tests.setdefault(test, []).append((result["mean"], result["greedy"]))
         spent += phase["rows"][-1]["seconds"]
-    return np.array(steps), np.array(seconds), {test: np.array(values).T for test, values in tests.items()}
+    return np.array(x).T, {test: np.array(values).T for test, values in tests.items()}
 
 
 def plot_accuracy(runs, path):
-    """One row per test set, columns for steps and seconds, one line per method."""
+    """One row per test set, columns for steps, seconds and sampled tokens, one line per method."""
     methods = {}
     for run in runs:
         methods.setdefault(run["method"], []).append(curve(run))
-    tests = list(next(iter(methods.values()))[0][2])
+    tests = list(next(iter(methods.values()))[0][1])
     if not tests:
         return None
-    figure, axes = plt.subplots(len(tests), 2, figsize=(10, 3.4 * len(tests)), sharey="row", squeeze=False)
+    figure, axes = plt.subplots(len(tests), 3, figsize=(14, 3.4 * len(tests)), sharey="row", squeeze=False)
     for row, test in zip(axes, tests):
         for method, curves in methods.items():
-            accuracy = np.array([c[2][test] for c in curves])  # [seeds, 2, evaluations]
-            for axis, x in zip(row, (curves[0][0], np.mean([c[1] for c in curves], axis=0))):
+            accuracy = np.array([tests_of[test] for _, tests_of in curves])  # [seeds, 2, evaluations]
+            for axis, x in zip(row, np.mean([x for x, _ in curves], axis=0)):
                 color = COLORS.get(method)
                 axis.plot(x, accuracy[:, 0].mean(0), color=color, label=method, lw=2)
                 axis.plot(x, accuracy[:, 1].mean(0), color=color, ls=":", lw=1)
@@ -103,13 +107,36 @@ def plot_accuracy(runs, path):
                     low, high = accuracy[:, 0].min(0), accuracy[:, 0].max(0)
                     axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
         row[0].set_ylabel(f"{test}: mean reward")
-    for axis, label in zip(axes[-1], ("GRPO steps", "seconds (collection + selection + training)")):
+    labels = "GRPO steps", "seconds (collection, selection, training)", "sampled tokens (the same)"
+    for axis, label in zip(axes[-1], labels):
         axis.set_xlabel(label)
-    for axis in axes.flat:
+    axes[0, 0].legend(frameon=False, title="solid: sampled, dotted: greedy", title_fontsize=8)
+    return save_lines(figure, path)
+
+
+def plot_training(runs, path):
+    """Entropy and mean response length by step, one line per method: the mean over its runs."""
+    methods = {}
+    for run in runs:
+        rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
+        methods.setdefault(run["method"], []).append(rows)
+    labels = {"entropy": "entropy per token (nats)", "response_length": "tokens per response"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    for axis, (name, label) in zip(axes, labels.items()):
+        for method, seeds in methods.items():
+            values = np.mean([[row[name] for row in rows] for rows in seeds], axis=0)
+            axis.plot([row["step"] for row in seeds[0]], values, color=COLORS.get(method), label=method)
+        axis.set_xlabel("GRPO steps")
+        axis.set_ylabel(label)
+    axes[0].legend(frameon=False)
+    return save_lines(figure, path)
+
+
+def save_lines(figure, path):
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.set_xlim(left=0)
-    axes[0, 0].legend(frameon=False, title="solid: sampled, dotted: greedy", title_fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     return path
@@ -154,7 +181,7 @@ def plot_selected(runs, path):
 
 
 def print_table(runs):
-    tests = list(curve(runs[0])[2])
+    tests = list(curve(runs[0])[1])
     print(f"\n{'method':<13}{'phase':>5}{'selected':>10}{'selection s':>13}{'training s':>12}"
           + "".join(f"{test:>14}" for test in tests))
     for run in runs:
@@ -179,6 +206,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     print_table(runs)
     for path in (plot_accuracy(runs, args.out / "accuracy.png"),
+                 plot_training(runs, args.out / "training.png"),
                  plot_selected(runs, args.out / "selected.png")):
         if path:
             print(path)

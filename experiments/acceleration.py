@@ -64,7 +64,7 @@ def measure():
     for folder in seeds:
         for method in METHODS:
             run = plot.read_run(folder / method)
-            steps, seconds, tests = plot.curve(run)
+            (steps, seconds, _), tests = plot.curve(run)
             curves[method].append({
                 "steps": steps.tolist(), "seconds": seconds.round(2).tolist(),
                 "collection": round(run["collection"], 2),

@@ -40,7 +40,7 @@ def test_micro_run_leaves_every_promised_file(micro_run):
         assert {float(state["step"]) for state in optimizer["optimizer"]["state"].values()} == {3.0 * (m + 1)}
         args = json.loads((phase / "policy/args.json").read_text())
         assert args["ref"].endswith("base")  # the reference stays theta(0)
-    for picture in ("accuracy.png", "selected.png"):
+    for picture in ("accuracy.png", "training.png", "selected.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG") and str(run / picture) in output
     assert not list(run.rglob("*.part")) and "selection s" in output
     one, other = ((run / f"influence/phase-{m}/selected.npy").read_bytes() for m in range(2))
