@@ -31,7 +31,7 @@ as sampled (re-tokenized text loses the end token), and log-probs are at the sam
 
     python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --out rollouts.pt \\
         --instruction ' Put the final answer in \\boxed{}.'
-    python collect.py --model runs/toy-world/base --data runs/toy-world/train.jsonl --verifier exact \\
+    python collect.py --model runs/toy/world/base --data runs/toy/world/train.jsonl --verifier exact \\
         --max-new-tokens 10 --out train.pt
     torchrun --nproc_per_node 8 collect.py --model MODEL --data DATA --out rollouts.pt --dtype bfloat16
 """

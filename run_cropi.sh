@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the whole CROPI loop: collect rollouts once; then, in each phase, sketch, score and train.
 #
-#   bash run_cropi.sh                           full-data GRPO and CROPI in a small toy world; runs on a CPU
+#   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 8 minutes on a CPU
 #   METHOD=learnability bash run_cropi.sh       another selection method in the same loop
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh
 #                                               your own model and data (README.md)
@@ -24,16 +24,17 @@ METHOD=${METHOD:-cropi}               # full, dapo (all prompts too), random, pa
 DRY_RUN=${DRY_RUN:-}                  # 1: print the commands, run nothing
 MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub name; empty: the toy world
 if [ -z "$MODEL" ]; then
-    TOY=${TOY:-runs/toy-world}        # folder of the toy's data and base policy, made once
-    MODEL=$TOY/base
     RUN=${RUN:-runs/toy}
+    TOY=${TOY:-$RUN/world}            # folder of the toy's data and base policy, made once, from SEED
+    MODEL=$TOY/base
     BASELINE=${BASELINE-full}         # methods to run before METHOD and to plot with it; BASELINE= for none
     TRAIN=${TRAIN:-$TOY/train.jsonl}
     VAL=${VAL:-sort=$TOY/val_sort.jsonl dbl=$TOY/val_dbl.jsonl}
-    TEST=${TEST:-targeted=$TOY/test_targeted.jsonl untargeted=$TOY/test_untargeted.jsonl}
+    TEST=${TEST:-targeted=$TOY/test_targeted.jsonl related=$TOY/test_related.jsonl
+        other=$TOY/test_other.jsonl}
     VERIFIER=${VERIFIER:-exact} MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-10} TEMPERATURE=${TEMPERATURE:-1.0}
-    K_VAL=${K_VAL:-16} DIM=${DIM:-8192} PHASES=${PHASES:-3} STEPS=${STEPS:-30}
-    BATCH=${BATCH:-64} LR=${LR:-1e-4} BATCH_TOKENS=${BATCH_TOKENS:-2048}
+    K_VAL=${K_VAL:-16} ALPHA=${ALPHA:-0.03} DIM=${DIM:-8192} PHASES=${PHASES:-8} STEPS=${STEPS:-20}
+    BATCH=${BATCH:-64} LR=${LR:-5e-5} BATCH_TOKENS=${BATCH_TOKENS:-2048}
 else
     TOY=
 fi
@@ -140,7 +141,7 @@ if [ -z "$DRY_RUN" ]; then
 fi
 
 if [ -n "$TOY" ]; then
-    stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY"
+    stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" ${TARGETED:+--targeted $TARGETED}
 fi
 
 # ---- stage 1, once: rollouts of the base policy --------------------------------------------------------

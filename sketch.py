@@ -28,7 +28,7 @@ file system) the ranks share the batches. The bytes are the same for any number 
 of threads each (torchrun sets one; some CPUs round differently with more). Differs from the authors' release:
 all parameters are sketched (there only the embedding); log-probs are at the sampling temperature.
 
-    python sketch.py --model runs/toy-world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
+    python sketch.py --model runs/toy/world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     torchrun --nproc_per_node 8 sketch.py --model MODEL --rollouts train.pt --out train.npy --dtype bfloat16
 """
 

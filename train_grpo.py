@@ -36,7 +36,7 @@ numbers depend on (seed, step, place in the batch) only. --dtype bfloat16 is mix
 AdamW's state stay float32. Under torchrun, FSDP2 shards weights, gradients and AdamW's state, and each rank
 samples its share of the prompts; a run with another number of ranks can resume it.
 
-    python train_grpo.py --model runs/toy-world/base --rollouts train.pt --select selected.npy --out policy \\
+    python train_grpo.py --model runs/toy/world/base --rollouts train.pt --select selected.npy --out policy \\
         --eval test.pt --steps 30 --batch-size 64 --lr 1e-4
     torchrun --nproc_per_node 8 train_grpo.py --model MODEL --rollouts train.pt --select selected.npy \\
         --out policy --steps 100 --dtype bfloat16

@@ -1,26 +1,23 @@
-"""Claim 1, acceleration: steps and seconds that each method needs to reach full data's final accuracy.
+"""Evaluates the runs of experiments/acceleration.sh by the protocol of experiments/README.md.
 
-Reads the runs of experiments/acceleration.sh. Writes experiments/results/acceleration.json (curves, settings,
-versions and the numbers below) and acceleration.png (targeted and untargeted accuracy against steps and
-seconds: mean over the seeds, band from the lowest to the highest seed).
+store RUN FILE    saves a finished run's numbers: settings, evaluations (steps, seconds, tokens, accuracies)
+                  and the families selected in each phase. acceleration.sh calls it after each run.
+(nothing)         reads experiments/results/acceleration/*.json; writes acceleration.json and acceleration.png
+                  (accuracy against steps, seconds and sampled tokens: mean over the seeds, band from the
+                  lowest to the highest) and prints a table.
 
-Accuracy is the mean reward at T = 1 over 4 responses per test prompt. Smoothed accuracy averages each
-evaluation with the ones before and after it (10 steps apart). Seconds cover collection (only what the method
-needs), selection (wall-clock time of its processes) and training without evaluation. With A = the smoothed
-targeted accuracy of full data at its last step, for each seed
+In acceleration.json, for every method: step_acceleration, wall_acceleration and token_acceleration (median,
+per_seed): what full data needs to reach its own smoothed final accuracy over what the method needs to reach
+the same; half_accuracy and final_accuracy of each test (mean, per_seed), smoothed; differences: of pairs of
+methods, seed by seed (mean, 95% interval by Student's t, per_seed).
 
-    step_acceleration = (steps until full data reaches A) / (steps until CROPI reaches A)
-    wall_acceleration = the same ratio in seconds
-
-A method reaches A at the first crossing of its smoothed curve, interpolated linearly between evaluations. The
-ratio is 0 if CROPI never reaches A.
-
-    bash experiments/acceleration.sh                 makes the runs, then starts this script
-    python experiments/acceleration.py plot          redraws the figure from the JSON
+    bash experiments/acceleration.sh
+    python experiments/acceleration.py
 """
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -36,7 +33,28 @@ RESULTS = ROOT / "experiments/results"
 sys.path.insert(0, str(ROOT))
 import plot
 
-METHODS = ("full", "random", "passrate", "learnability", "influence", "cropi")
+TESTS = ("targeted", "related", "other")
+AXES = ("steps", "seconds", "tokens")
+# Student's t, 97.5% quantile of n - 1 degrees of freedom
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # for n seeds
+PAIRS = (("cropi", "influence"), ("cropi", "full"), ("influence", "full"))
+
+
+def store(folder, path):
+    run = plot.read_run(folder)
+    x, tests = plot.curve(run)
+    settings = {}
+    for file in (folder.parent / "rollouts/settings.txt", folder / "settings.txt"):
+        for line in file.read_text().splitlines():
+            settings[line.partition("=")[0]] = line.partition("=")[2]
+    families = [Counter(np.array(run["families"])[phase["selected"]].tolist()) for phase in run["phases"]]
+    result = {"settings": settings, "torch": torch.__version__, "transformers": transformers.__version__,
+              "threads": torch.get_num_threads(), **dict(zip(AXES, x.round(2).tolist())),
+              "collection": round(run["collection"], 2),
+              "selection": [phase["selection"] for phase in run["phases"]],
+              "selected_families": families, "pool_families": Counter(run["families"]),
+              "accuracy": {test: values[0].round(5).tolist() for test, values in tests.items()}}
+    path.write_text(json.dumps(result) + "\n")
 
 
 def smoothed(accuracy):
@@ -48,8 +66,8 @@ def smoothed(accuracy):
 def crossing(x, y, level):
     """The x at which the curve through the points (x, y) first reaches `level`; infinity if it never does.
 
-    >>> crossing([0, 10, 20], [0.2, 0.4, 0.8], 0.5)
-    12.5
+    >>> crossing([0, 10, 20], [0.1, 0.3, 0.2], 0.2)
+    5.0
     """
     above = np.flatnonzero(np.asarray(y) >= level)
     if len(above) == 0:
@@ -58,80 +76,103 @@ def crossing(x, y, level):
     return float(x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
 
 
-def measure():
-    seeds = sorted((ROOT / "runs/acceleration").glob("seed-*"))
-    curves = {method: [] for method in METHODS}
-    for folder in seeds:
-        for method in METHODS:
-            run = plot.read_run(folder / method)
-            (steps, seconds, _), tests = plot.curve(run)
-            curves[method].append({
-                "steps": steps.tolist(), "seconds": seconds.round(2).tolist(),
-                "collection": round(run["collection"], 2),
-                **{test: values[0].round(5).tolist() for test, values in tests.items()}})
-    ratios = {"step": [], "wall": []}
-    for full, cropi in zip(curves["full"], curves["cropi"]):
-        level = smoothed(full["targeted"])[-1]
-        for name, axis in (("step", "steps"), ("wall", "seconds")):
-            needed = [crossing(run[axis], smoothed(run["targeted"]), level) for run in (full, cropi)]
-            ratios[name].append(round(needed[0] / needed[1], 3))
-    settings = {}
-    for file in ("rollouts", "cropi"):
-        for line in (seeds[0] / file / "settings.txt").read_text().splitlines():
-            settings[line.partition("=")[0]] = line.partition("=")[2]
-    result = {"command": "bash experiments/acceleration.sh",
-              "seeds": [folder.name.split("-")[1] for folder in seeds], "settings": settings,
-              "torch": torch.__version__, "transformers": transformers.__version__,
-              "threads": torch.get_num_threads()}
-    for name, values in ratios.items():
-        result[f"{name}_acceleration"] = {"median": float(np.median(values)), "per_seed": values}
-    for key in ("half_accuracy", "final_accuracy"):
-        result[key] = {"targeted": {}, "untargeted": {}}
-        for test, by_method in result[key].items():
-            for method in METHODS:
-                curves_of_test = [smoothed(run[test]) for run in curves[method]]
-                place = len(curves_of_test[0]) // 2 if key == "half_accuracy" else -1
-                values = [round(float(accuracy[place]), 4) for accuracy in curves_of_test]
-                by_method[method] = {"mean": round(float(np.mean(values)), 4), "per_seed": values}
-    return {**result, "curves": curves}
+def load():
+    """{world: {method: {seed: stored run}}}. The file seed-0-cropi.json is of the world "seed"."""
+    worlds = {}
+    for path in sorted((RESULTS / "acceleration").glob("*.json")):
+        world, seed, method = path.stem.rsplit("-", 2)
+        worlds.setdefault(world, {}).setdefault(method, {})[int(seed)] = json.loads(path.read_text())
+    for variation in ("alpha", "third"):  # in the worlds of the seeds, whose full data they are compared with
+        for method, runs in worlds.pop(variation, {}).items():
+            worlds["seed"][f"{method} ({variation})"] = runs
+    return worlds
 
 
-def draw(result, path):
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.8), sharey="row")
-    for row, test in zip(axes, ("targeted", "untargeted")):
-        for method, runs in result["curves"].items():
-            accuracy = np.array([run[test] for run in runs])  # [seeds, evaluations]
-            color = plot.COLORS[method]
-            for axis, x in zip(row, ("steps", "seconds")):
-                at = np.mean([run[x] for run in runs], axis=0)
-                axis.plot(at, accuracy.mean(0), color=color, label=method, lw=2)
-                axis.fill_between(at, accuracy.min(0), accuracy.max(0), color=color, alpha=0.15, lw=0)
+def interval(differences):
+    """Mean and half width of the 95% interval of paired differences."""
+    n, half = len(differences), None
+    if n > 1:
+        half = round(float(STUDENT[n] * np.std(differences, ddof=1) / n**0.5), 4)
+    return {"mean": round(float(np.mean(differences)), 4), "half_width_95": half,
+            "per_seed": [round(float(d), 4) for d in differences]}
+
+
+def evaluate(methods):
+    """The numbers of one world, from its {method: {seed: run}}."""
+    result, at = {"seeds": {name: sorted(runs) for name, runs in methods.items()}}, {"half": {}, "final": {}}
+    for place, values in at.items():
+        for test in TESTS:
+            values[test] = {}
+            for name, runs in methods.items():
+                curves = {seed: smoothed(run["accuracy"][test]) for seed, run in runs.items()}
+                values[test][name] = {seed: float(c[len(c) // 2 if place == "half" else -1])
+                                      for seed, c in curves.items()}
+        result[f"{place}_accuracy"] = {test: {
+            name: {"mean": round(float(np.mean(list(seeds.values()))), 4),
+                   "per_seed": [round(seeds[seed], 4) for seed in sorted(seeds)]}
+            for name, seeds in of_test.items()} for test, of_test in values.items()}
+    for axis, key in zip(AXES, ("step", "wall", "token")):
+        result[f"{key}_acceleration"] = {}
+        for name, runs in methods.items():
+            ratios = []
+            for seed in sorted(set(runs) & set(methods["full"])):
+                full, level = methods["full"][seed], at["final"]["targeted"]["full"][seed]
+                needed = [crossing(run[axis], smoothed(run["accuracy"]["targeted"]), level)
+                          for run in (full, runs[seed])]
+                ratios.append(round(needed[0] / needed[1], 3))
+            result[f"{key}_acceleration"][name] = {"median": float(np.median(ratios)), "per_seed": ratios}
+    result["differences"] = {}
+    for one, other in PAIRS:
+        if one in methods and other in methods:
+            shared = sorted(set(methods[one]) & set(methods[other]))
+            result["differences"][f"{one} - {other}"] = {
+                place: {test: interval([values[test][one][s] - values[test][other][s] for s in shared])
+                        for test in TESTS} for place, values in at.items()}
+    return result
+
+
+def draw(methods, path):
+    figure, axes = plt.subplots(len(TESTS), 3, figsize=(14, 9), sharey="row")
+    for row, test in zip(axes, TESTS):
+        for name, runs in methods.items():
+            accuracy = np.array([run["accuracy"][test] for run in runs.values()])  # [seeds, evaluations]
+            color, style = plot.COLORS[name.split()[0]], "--" if " " in name else "-"
+            for axis, x in zip(row, AXES):
+                at = np.mean([run[x] for run in runs.values()], axis=0)
+                axis.plot(at, accuracy.mean(0), style, color=color, label=f"{name}, {len(runs)} seeds", lw=2)
+                if len(runs) > 1 and " " not in name:
+                    axis.fill_between(at, accuracy.min(0), accuracy.max(0), color=color, alpha=0.12, lw=0)
                 axis.grid(alpha=0.25)
         row[0].set_ylabel(f"{test}: mean reward")
-    axes[1, 0].set_xlabel("GRPO steps")
-    axes[1, 1].set_xlabel("seconds (collection + selection + training)")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    axes[0, 0].set_title(f"{len(result['seeds'])} seeds: mean, lowest to highest", fontsize=9)
+    for axis, label in zip(axes[-1], ("GRPO steps", "seconds, all stages", "sampled tokens, all stages")):
+        axis.set_xlabel(label)
+    axes[0, 0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 
 def main():
-    if sys.argv[1:] not in ([], ["plot"]):
+    if sys.argv[1:2] == ["store"] and len(sys.argv) == 4:
+        store(Path(sys.argv[2]), Path(sys.argv[3]))
+        return
+    if sys.argv[1:]:
         sys.exit(__doc__)
-    path = RESULTS / "acceleration.json"
-    if not sys.argv[1:]:
-        path.write_text(json.dumps(measure()) + "\n")
-    result = json.loads(path.read_text())
-    for name in ("step_acceleration", "wall_acceleration"):
-        print(name, result[name])
-    for method in METHODS:
-        means = []
-        for key in ("half_accuracy", "final_accuracy"):
-            for test in ("targeted", "untargeted"):
-                means.append(f"{key} {test}: {result[key][test][method]['mean']:.3f}  ")
-        print(f"{method:13}", *means)
-    draw(result, RESULTS / "acceleration.png")
+    worlds = load()
+    results = {world: evaluate(methods) for world, methods in worlds.items() if "full" in methods}
+    (RESULTS / "acceleration.json").write_text(json.dumps(
+        {"command": "bash experiments/acceleration.sh", **results.pop("seed"), "other_worlds": results},
+        indent=1) + "\n")
+    result = json.loads((RESULTS / "acceleration.json").read_text())
+    for name in result["seeds"]:
+        accuracy = [f"{test} {result[key][test][name]['mean']:.3f}"
+                    for key in ("half_accuracy", "final_accuracy") for test in TESTS]
+        ratios = [f"{key}s {result[f'{key}_acceleration'][name]['median']:.2f}x" for key in ("step", "token")]
+        seconds = f"seconds {result['wall_acceleration'][name]['median']:.2f}x"
+        print(f"{name:18} half, end: {', '.join(accuracy)}; {', '.join(ratios)}, {seconds}")
+    for pair, places in result["differences"].items():
+        found = places["final"]["targeted"]
+        print(f"{pair} at the end, targeted: {found['mean']:+.3f} +- {found['half_width_95']}")
+    draw(worlds["seed"], RESULTS / "acceleration.png")
 
 
 if __name__ == "__main__":

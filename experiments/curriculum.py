@@ -41,7 +41,7 @@ import score
 import train_grpo
 from acceleration import RESULTS, smoothed
 
-RUNS, OUT, WORLD = ROOT / "runs/acceleration", ROOT / "runs/curriculum", ROOT / "runs/toy-world"
+RUNS, OUT = ROOT / "runs/acceleration", ROOT / "runs/curriculum"
 VARIANTS = ("no ratio", "fresh", "size")
 SETS = ("val_sort", "val_dbl")
 
@@ -60,7 +60,7 @@ def rollouts_for(variant, policy, old, folder, seed):
         rollouts = torch.load(old / f"{name}.pt", weights_only=True)
         k, temperature = rollouts["meta"]["k"], rollouts["meta"]["temperature"]
         if variant == "fresh":
-            stage("collect.py", "--model", policy, "--data", WORLD / f"{name}.jsonl", "--k", k,
+            stage("collect.py", "--model", policy, "--data", old.parent / f"world/{name}.jsonl", "--k", k,
                   "--verifier", "exact", "--max-new-tokens", 10, "--seed", seed, "--out", path)
         elif variant == "no ratio":  # with beta = pi_theta the ratio is 1
             ragged = train_grpo.load_rollouts(old / f"{name}.pt")
@@ -111,7 +111,7 @@ def run(seed, variant):
         for name in ("steps", "batch_size", "group", "lr", "kl_coef", "eval_every", "eval_samples",
                      "save_every", "seed"):
             arguments += [f"--{name.replace('_', '-')}", settings[name]]
-        stage("train_grpo.py", "--model", policy, "--ref", WORLD / "base",
+        stage("train_grpo.py", "--model", policy, "--ref", source / "world/base",
               "--rollouts", source / "rollouts/train.pt", "--select", folder / "selected.npy",
               "--out", folder / "policy", "--optimizer", policy / "optimizer.pt", "--batch-tokens", 2048,
               *arguments, "--eval", source / "rollouts/targeted.pt")

@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 
 from sparse_ratio import RESULTS, ROOT, gradients_of, sketch
 
-WORLD, RUN, OUT = ROOT / "runs/toy-world", ROOT / "runs/acceleration/seed-0", ROOT / "runs/off_policy"
+RUN, OUT = ROOT / "runs/acceleration/seed-0", ROOT / "runs/off_policy"
 KS, REFERENCE, EVERY, SETS = (2, 4, 8, 16, 32), 64, 6, ("val_sort", "val_dbl")
 
 
@@ -97,8 +97,8 @@ def compare(found, means, reference, reference_means, targeted):
 
 def measure():
     OUT.mkdir(parents=True, exist_ok=True)
-    data, base = OUT / "train.jsonl", WORLD / "base"
-    lines = (WORLD / "train.jsonl").read_text().splitlines()[::EVERY]
+    data, base = OUT / "train.jsonl", RUN / "world" / "base"
+    lines = (RUN / "world" / "train.jsonl").read_text().splitlines()[::EVERY]
     data.write_text("".join(line + "\n" for line in lines))
     old = collect(base, data, OUT / "old.pt", max(KS), 1)
     targeted = {i for i, family in enumerate(old["families"]) if family in ("sort", "dbl")}
@@ -108,8 +108,10 @@ def measure():
     for m, path in enumerate([base] + [RUN / f"cropi/phase-{m}/policy" for m in range(4)]):
         policy = sketch.load_policy(path, "cpu", "float32")
         fresh = collect(path, data, OUT / f"fresh-{m}.pt", end, 2)
-        fresh_sets = [collect(path, WORLD / f"{name}.jsonl", OUT / f"fresh-{m}-{name}.pt", REFERENCE, 2)
-                      for name in SETS]
+        fresh_sets = []
+        for name in SETS:
+            out = OUT / f"fresh-{m}-{name}.pt"
+            fresh_sets.append(collect(path, RUN / "world" / f"{name}.jsonl", out, REFERENCE, 2))
         reference = gradients(policy, fresh, range(first, end))
         means = [gradients(policy, rollouts, range(REFERENCE)).mean(0) for rollouts in fresh_sets]
         halves = [gradients(policy, fresh, part) for part in (range(first, middle), range(middle, end))]

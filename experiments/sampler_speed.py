@@ -4,7 +4,7 @@
 and the log-prob of each token, for which it keeps the logits of every step. The two samplers alternate in one
 process. Prints the ratio of each round and the median.
 
-    python experiments/sampler_speed.py --model runs/toy-world/base --rollouts runs/toy/rollouts/train.pt
+    python experiments/sampler_speed.py --model runs/toy/world/base --rollouts runs/toy/rollouts/train.pt
 """
 
 import argparse
@@ -45,7 +45,7 @@ def generate(policy, prompts, k, temperature, length, eos_ids):
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--model", default="runs/toy-world/base")
+    parser.add_argument("--model", default="runs/toy/world/base")
     parser.add_argument("--rollouts", default="runs/toy/rollouts/train.pt")
     parser.add_argument("--prompts", type=int, default=256, help="prompts per batch (256)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit (that of the rollouts)")

@@ -236,7 +236,7 @@ def score_speed(folder, n=20000, dim=32768, sets=6, rounds=5):
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--toy-model", type=Path, default=ROOT / "runs/toy-world/base")
+    parser.add_argument("--toy-model", type=Path, default=ROOT / "runs/toy/world/base")
     parser.add_argument("--toy-rollouts", type=Path, default=ROOT / "runs/toy/rollouts/train.pt")
     parser.add_argument("--smollm2", type=Path, default=ROOT / "runs/smollm2", help="made by smollm2.py")
     parser.add_argument("--rounds", type=int, default=5, help="of the toy (5); SmolLM2 has 3")

@@ -49,7 +49,7 @@ import collect
 import sketch
 
 KEEPS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.15, 0.3, 1.0)
-WORLDS = {"toy": ("toy-world/base", "toy/rollouts/train.pt", "toy/rollouts/val_sort.pt",
+WORLDS = {"toy": ("toy/world/base", "toy/rollouts/train.pt", "toy/rollouts/val_sort.pt",
                   "toy/rollouts/val_dbl.pt"),
           "smollm2": ("smollm2/base", "smollm2/train.pt", "smollm2/val.pt")}  # in runs/
 PAPER = {0.1: 0.70, 0.15: 0.77, 1.0: 0.14}  # read off the paper's figure for Qwen2.5-1.5B, dim 32768

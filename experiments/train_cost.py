@@ -128,7 +128,7 @@ def speed(steps):
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--model", type=Path, default=ROOT / "runs/toy-world/base")
+    parser.add_argument("--model", type=Path, default=ROOT / "runs/toy/world/base")
     parser.add_argument("--rollouts", type=Path, default=ROOT / "runs/toy/rollouts/train.pt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="per round; the first is a warm-up (6)")

@@ -19,9 +19,9 @@ def blocks(page):
 def test_integrations(world, micro_run, tmp_path, monkeypatch, call):
     """Samples of the micro run, logged as text, make the rollouts.pt that they came from."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/toy-world").symlink_to(world)
-    (tmp_path / "runs/toy").symlink_to(micro_run[0])
+    (tmp_path / "runs/toy").mkdir(parents=True)
+    for name, folder in (("world", world), ("cropi", micro_run[0] / "cropi")):
+        (tmp_path / "runs/toy" / name).symlink_to(folder)
     rollouts = sketch.load_rollouts(micro_run[0] / "rollouts/train.pt")
     tokenizer, k = collect.load_tokenizer(world / "base"), rollouts["meta"]["k"]
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in rollouts["responses"]]

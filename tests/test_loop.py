@@ -34,7 +34,7 @@ def test_micro_run_leaves_every_promised_file(micro_run):
         assert policy(**tokenizer("sort(21)", return_tensors="pt")).logits.isfinite().all()
         rows = [json.loads(line) for line in (phase / "policy/metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == ([0, 1, 2, 3] if m == 0 else [4, 5, 6])
-        assert set(rows[-1]["eval"]) == {"targeted", "untargeted"}
+        assert set(rows[-1]["eval"]) == {"targeted", "related", "other"}
         optimizer = torch.load(phase / "policy/optimizer.pt", weights_only=True)
         assert optimizer["step"] == 3 * (m + 1)  # AdamW's state continues across phases
         assert {float(state["step"]) for state in optimizer["optimizer"]["state"].values()} == {3.0 * (m + 1)}
@@ -233,7 +233,7 @@ def commands(run, world, out):
                   {out / "selected.npy": phase / "selected.npy", out / "scores.npy": phase / "scores.npy"}),
         "train_grpo": (["train_grpo.py", "--model", run / "cropi/phase-0/policy", "--ref", world / "base",
                         "--rollouts", rollouts / "train.pt", "--select", phase / "selected.npy",
-                        "--eval", rollouts / "targeted.pt", rollouts / "untargeted.pt",
+                        "--eval", rollouts / "targeted.pt", rollouts / "other.pt",
                         "--optimizer", run / "cropi/phase-0/policy/optimizer.pt", "--out", out / "policy",
                         "--steps", 3, "--batch-size", 4, "--group", 4, "--lr", "1e-3", "--eval-every", 2,
                         "--eval-samples", 2, "--save-every", 1, "--batch-tokens", 128],

@@ -1,18 +1,23 @@
-"""Makes the toy world, the default model and data: small enough to run all of CROPI on a laptop CPU.
+"""Makes a toy world, the default model and data: small enough to run all of CROPI on a laptop CPU.
 
 Writes into one folder
 
-    train.jsonl                      12 families, 2400 prompts: the pool that CROPI selects from
-    val_sort.jsonl, val_dbl.jsonl    the two targeted validation sets, 100 prompts each
-    test_targeted.jsonl              sort and dbl, 200 prompts each
-    test_untargeted.jsonl            the other ten families, 40 prompts each
-    base/                            the base policy: a Hugging Face checkpoint of a Qwen2 of 1M parameters
+    train.jsonl           the pool: 200 prompts of each of the two targeted families and 440 of each of the
+                          ten others, 4800 in all
+    val_sort.jsonl        a validation set for each targeted family: 100 prompts
+    val_dbl.jsonl
+    test_targeted.jsonl   200 more of each
+    test_related.jsonl    200 prompts that need the targeted skills in forms of which neither the pool nor a
+                          validation set has any: longer numbers, sorted letters, tripled numbers
+    test_other.jsonl      20 prompts of each of the other families
+    base/                 the base policy: a Hugging Face checkpoint of a Qwen2 of 1M parameters
 
 The files are pairwise disjoint, and the base policy was trained on none of their prompts. A line of data is
-{"prompt": "47+85=", "answer": "132", "family": "add"}. toy/README.md explains how the families, the skill of
-the base policy and the settings of the run were chosen.
+{"prompt": "47+85=", "answer": "132", "family": "add"}. A seed makes its own data and its own base policy.
+toy/README.md explains how the families, the skill of the base policy and the sizes were chosen.
 
-    python toy/make_toy.py --out runs/toy-world
+    python toy/make_toy.py --out runs/toy/world
+    python toy/make_toy.py --seed 1 --targeted rev max --out world       another targeted pair
 """
 
 import argparse
@@ -20,6 +25,7 @@ import json
 import os
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,86 +34,103 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging
 
 LETTERS = "abcdefgh"
-TARGETED = ("sort", "dbl")  # the families of the validation sets
 MISTAKES = 0.5  # share of the base policy's training answers that show the family's typical mistake
-SFT_STEPS, SFT_BATCH, SFT_LR = 800, 96, 1e-3
+SFT_STEPS, SFT_BATCH, SFT_LR = 700, 96, 1e-3
+SIZES = {"targeted": 200, "other": 440, "val": 100, "test": 200}  # prompts
 
 
 def letters(rng, n):
     return "".join(rng.choice(LETTERS) for _ in range(n))
 
 
+def digits(rng, n):
+    return str(rng.randint(10 ** (n - 1), 10**n - 1))
+
+
 # Each family draws (prompt, answer, typical mistake). Only the base policy's training uses the mistakes.
+# longer: the family's related form, which is in no pool.
 
 
-def add(rng):
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
-    no_carry = str(a // 10 + b // 10) + str((a + b) % 10)
-    return f"{a}+{b}=", str(a + b), no_carry
+def add(rng, longer=False):
+    a, b = (digits(rng, 3 if longer else 2) for _ in range(2))
+    columns = [int(x) + int(y) for x, y in zip(a, b)]
+    no_carry = str(columns[0]) + "".join(str(column % 10) for column in columns[1:])
+    return f"{a}+{b}=", str(int(a) + int(b)), no_carry
 
 
-def sub(rng):
-    b, a = sorted((rng.randint(10, 99), rng.randint(10, 99)))
-    smaller_from_larger = str(a // 10 - b // 10) + str(abs(a % 10 - b % 10))
-    return f"{a}-{b}=", str(a - b), str(int(smaller_from_larger))
+def sub(rng, longer=False):
+    b, a = sorted(digits(rng, 3 if longer else 2) for _ in range(2))
+    smaller_from_larger = "".join(str(abs(int(x) - int(y))) for x, y in zip(a, b))
+    return f"{a}-{b}=", str(int(a) - int(b)), str(int(smaller_from_larger))
 
 
-def mul(rng):
-    a, b = rng.randint(100, 999), rng.randint(2, 9)
+def mul(rng, longer=False):
+    a, b = int(digits(rng, 4 if longer else 3)), rng.randint(2, 9)
     return f"{a}*{b}=", str(a * b), str(a + b)
 
 
-def largest(rng):
-    numbers = [rng.randint(100, 999) for _ in range(3)]
-    return f"max({','.join(map(str, numbers))})", str(max(numbers)), str(numbers[0])
+def largest(rng, longer=False):
+    numbers = [digits(rng, 3) for _ in range(4 if longer else 3)]
+    return f"max({','.join(numbers)})", max(numbers), numbers[0]
 
 
-def digit_sum(rng):
-    digits = str(rng.randint(10000, 99999))
-    return f"sum({digits})", str(sum(map(int, digits))), str(len(digits))
+def digit_sum(rng, longer=False):
+    text = digits(rng, 7 if longer else 5)
+    return f"sum({text})", str(sum(map(int, text))), str(len(text))
 
 
-def count(rng):
-    digit, digits = rng.choice("123"), "".join(rng.choice("123456") for _ in range(8))
-    return f"count({digit},{digits})", str(digits.count(digit)), digit
+def count(rng, longer=False):
+    digit, text = rng.choice("123"), "".join(rng.choice("123456") for _ in range(10 if longer else 8))
+    return f"count({digit},{text})", str(text.count(digit)), digit
 
 
-def double(rng):
-    n = rng.randint(1000, 9999)
-    return f"dbl({n})", str(2 * n), "".join(str(2 * int(digit) % 10) for digit in str(n))
+def double(rng, longer=False):
+    n = digits(rng, 6 if longer else 4)
+    return f"dbl({n})", str(2 * int(n)), "".join(str(2 * int(digit) % 10) for digit in n)
 
 
-def sort(rng):
-    digits = str(rng.randint(100000, 999999))
-    return f"sort({digits})", "".join(sorted(digits)), "".join(sorted(digits, reverse=True))
+def triple(rng):
+    n = digits(rng, 4)
+    return f"trp({n})", str(3 * int(n)), "".join(str(3 * int(digit) % 10) for digit in n)
 
 
-def reverse(rng):
-    text = letters(rng, 6)
+def sort(rng, longer=False, draw=digits):
+    text = draw(rng, 8 if longer else 6)
+    return f"sort({text})", "".join(sorted(text)), "".join(sorted(text, reverse=True))
+
+
+def reverse(rng, longer=False):
+    text = letters(rng, 8 if longer else 6)
     return f"rev({text})", text[::-1], text[:0:-1]
 
 
-def following(rng):
-    text = letters(rng, 6)
+def following(rng, longer=False):
+    text = letters(rng, 8 if longer else 6)
     after = "".join(LETTERS[(LETTERS.index(c) + 1) % len(LETTERS)] for c in text)
     return f"next({text})", after, text[1:] + text[0]
 
 
-def unique(rng):
-    text = letters(rng, 7)
+def unique(rng, longer=False):
+    text = letters(rng, 9 if longer else 7)
     adjacent_only = text[0] + "".join(b for a, b in zip(text, text[1:]) if a != b)
     return f"uniq({text})", "".join(dict.fromkeys(text)), adjacent_only
 
 
-def interleave(rng):
-    a, b = letters(rng, 3), letters(rng, 3)
+def interleave(rng, longer=False):
+    a, b = (letters(rng, 4 if longer else 3) for _ in range(2))
     return f"zip({a},{b})", "".join(x + y for x, y in zip(a, b)), a + b
 
 
 FAMILIES = {"add": add, "sub": sub, "mul": mul, "max": largest, "sum": digit_sum, "count": count,
             "dbl": double, "sort": sort, "rev": reverse, "next": following, "uniq": unique,
             "zip": interleave}
-WORDS = ["max", "sum", "count", "dbl", "sort", "rev", "next", "uniq", "zip"]
+WORDS = ["max", "sum", "count", "dbl", "sort", "rev", "next", "uniq", "zip", "trp"]
+
+
+def related(family):
+    """The related forms of a family, each drawing like a family."""
+    more = {"dbl": [triple], "sort": [partial(sort, draw=letters)]}.get(family, [])
+    return [partial(FAMILIES[family], longer=True), *more]
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -119,29 +142,41 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def write_data(folder: Path, families: dict, sizes: dict, rng: random.Random) -> set:
-    """Writes the five .jsonl files, pairwise disjoint. Returns all their prompts."""
+def write_data(folder: Path, families: dict, targeted: list, sizes: dict, rng: random.Random) -> set:
+    """Writes the .jsonl files, pairwise disjoint. Returns all their prompts."""
+    forms = {family: related(family) for family in targeted}
+    others = len(families) - len(targeted)
     seen, files = set(), {}
+
+    def fill(file, family, make, n):
+        rows = files.setdefault(file, [])
+        goal = len(rows) + n
+        while len(rows) < goal:
+            prompt, answer, _ = make(rng)
+            if prompt not in seen:
+                seen.add(prompt)
+                rows.append({"prompt": prompt, "answer": answer, "family": family})
+
     for family, make in families.items():
-        if family in TARGETED:
-            counts = {"train": sizes["train"][0], f"val_{family}": sizes["val"],
-                      "test_targeted": sizes["test"][0]}
+        if family in targeted:
+            fill("train", family, make, sizes["targeted"])
+            fill(f"val_{family}", family, make, sizes["val"])
+            fill("test_targeted", family, make, sizes["test"])
+            for form in forms[family]:
+                fill("test_related", family, form, sizes["test"] // len(targeted) // len(forms[family]))
         else:
-            counts = {"train": sizes["train"][1], "test_untargeted": sizes["test"][1]}
-        for file, n in counts.items():
-            while n:
-                prompt, answer, _ = make(rng)
-                if prompt not in seen:
-                    seen.add(prompt)
-                    files.setdefault(file, []).append({"prompt": prompt, "answer": answer, "family": family})
-                    n -= 1
+            fill("train", family, make, sizes["other"])
+            fill("test_other", family, make, sizes["test"] // others)
     for file, rows in files.items():
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return seen
 
 
-def train_base(folder: Path, families: dict, held_out: set, steps: int, rng: random.Random, seed: int):
-    """SFT: cross-entropy on the answers of fresh problems, none of them in `held_out`; saves a checkpoint."""
+def train_base(folder: Path, makers: list, held_out: set, steps: int, rng: random.Random, seed: int):
+    """SFT: cross-entropy on the answers of fresh problems, none of them in `held_out`; saves a checkpoint.
+
+    makers: the families and the related forms of the targeted ones, drawn with equal probability.
+    """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = Qwen2ForCausalLM(Qwen2Config(
@@ -154,7 +189,7 @@ def train_base(folder: Path, families: dict, held_out: set, steps: int, rng: ran
             group["lr"] = SFT_LR * min(1.0, (step + 1) / 50, (steps - step) / (0.3 * steps))
         rows = []
         while len(rows) < SFT_BATCH:
-            prompt, answer, mistake = rng.choice(list(families.values()))(rng)
+            prompt, answer, mistake = rng.choice(makers)(rng)
             if prompt not in held_out:
                 answer = mistake if rng.random() < MISTAKES else answer
                 answer_ids = tokenizer(answer).input_ids + [tokenizer.eos_token_id]
@@ -172,23 +207,26 @@ def train_base(folder: Path, families: dict, held_out: set, steps: int, rng: ran
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--out", type=Path, default=Path("runs/toy-world"), help="folder (runs/toy-world)")
+    parser.add_argument("--out", type=Path, default=Path("runs/toy/world"), help="folder (runs/toy/world)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data and of the base policy (0)")
+    parser.add_argument("--targeted", nargs=2, default=["sort", "dbl"], choices=list(FAMILIES),
+                        help="the targeted families (sort dbl)")
     parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=f"of the base policy ({SFT_STEPS})")
     parser.add_argument("--micro", action="store_true", help="four families of 30 prompts, for the tests")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     part = args.out / "base.part"
     shutil.rmtree(part, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    families, sizes = FAMILIES, {"train": (100, 220), "val": 100, "test": (200, 40)}  # targeted, other
+    targeted, families, sizes = args.targeted, FAMILIES, SIZES
     if args.micro:
-        families = {family: FAMILIES[family] for family in (*TARGETED, "count", "next")}
-        sizes = {"train": (30, 30), "val": 8, "test": (6, 6)}
-    held_out = write_data(args.out, families, sizes, random.Random(args.seed))
+        families = {family: FAMILIES[family] for family in (*targeted, "count", "next")}
+        sizes = {"targeted": 30, "other": 30, "val": 8, "test": 12}
+    held_out = write_data(args.out, families, targeted, sizes, random.Random(args.seed))
+    makers = [*families.values(), *(form for family in targeted for form in related(family))]
     if not (args.out / "base").exists():
-        train_base(part, families, held_out, args.sft_steps, random.Random(args.seed + 1), args.seed)
+        train_base(part, makers, held_out, args.sft_steps, random.Random(args.seed + 1), args.seed)
         os.replace(part, args.out / "base")
 
 
