@@ -12,7 +12,8 @@ Reads   --train     sketch .npy [N, dim] of the train prompts and the .json besi
         --rollouts  rollouts.pt of the train prompts, whose rewards the other methods select by; cropi only
                     checks N.
 Writes  --out       selected.npy: int64 [n], best first.
-                    scores.npy beside it (cropi only): float32 [N, V], U_v(s0), -inf for a zero gradient.
+                    scores.npy beside it (cropi only): float32 [N, V], U_v(s0), -inf for a zero gradient;
+                    and scores.json: how far each validation mean can be trusted (see `trust`).
 
 The other methods are baselines for the same loop. full: all prompts; random: n of them; passrate: n at random
 of those with unequal rewards; learnability: of these, the n of highest p (1 - p), p the mean reward under
@@ -35,7 +36,7 @@ import torch
 from tqdm import tqdm
 
 FORMAT = 2  # of rollouts.pt and of the sketches' .json files
-MUST_MATCH = ("format", "policy", "seed", "keep", "dim")  # in the .json of sketches that are compared
+MUST_MATCH = ("format", "policy", "seed", "keep", "dim", "rho_max")  # in the .json of compared sketches
 ROWS = 512  # of a sketch in memory at once
 
 
@@ -72,6 +73,19 @@ def reciprocal_rank_fusion(scores, n, c=0.0):
         top = np.argsort(-column, kind="stable")[:min(n, np.isfinite(column).sum())]
         terms[top, v] = 1 / (c + np.arange(1, len(top) + 1))
     return np.sort(terms, axis=1).sum(1)  # sorted, so that equal terms have bit-equal sums
+
+
+def trust(norms, halves):
+    """How far the mean of a validation set can be trusted, from its sketches alone.
+
+    norms: [N] of the sketches; halves: [2, dim], the sums of those at even and at odd indices. Returns
+    effective_prompts = (sum |g|^2)^2 / sum |g|^4 (N for equal norms, 1 if one prompt is all that counts; the
+    effective sample size of Kish 1965), top_five_share (of sum |g|^2) and halves_cosine.
+    """
+    squares, (even, odd) = norms.double().square(), halves.double()
+    return {"effective_prompts": float(squares.sum() ** 2 / squares.square().sum()),
+            "top_five_share": float(squares.sort(descending=True).values[:5].sum() / squares.sum()),
+            "halves_cosine": float(even @ odd / (even.norm() * odd.norm()).clamp(min=1e-30))}
 
 
 def select(values, n):
@@ -167,19 +181,36 @@ def blocks(sketch, path):
 
 
 def influence(train, validation):
-    """scores [N, V], float32, from the paths of the sketches."""
+    """scores [N, V], float32, and the trust in each validation mean, from the paths of the sketches."""
     sketch, expected = open_sketch(train)
-    means = []
+    means, trusts = [], {}
     for path in validation:
         other, found = open_sketch(path)
         for key in MUST_MATCH:
             if found[key] != expected[key]:
                 fail(path, f"{key} {found[key]}", f"{expected[key]} as in {train}", "sketch both alike")
-        means.append(sum(rows.sum(0, dtype=torch.float64) for rows, _ in blocks(other, path)) / len(other))
+        halves, norms = 0, []
+        for rows, row_norms in blocks(other, path):  # of an even number of rows
+            halves = halves + torch.stack([rows[half::2].sum(0, dtype=torch.float64) for half in (0, 1)])
+            norms.append(row_norms[:, 0])
+        means.append(halves.sum(0) / len(other))
         if not means[-1].any():
             fail(path, "a zero mean gradient", "prompts with unequal rewards", "use other validation prompts")
+        trusts[Path(path).stem] = trust(torch.cat(norms), halves)
     means = torch.stack(means).float()  # [V, dim]
-    return torch.cat([popi(rows, norms, means) for rows, norms in blocks(sketch, train)]).numpy()
+    return torch.cat([popi(rows, norms, means) for rows, norms in blocks(sketch, train)]).numpy(), trusts
+
+
+def report(trusts, scores, selected):
+    """Adds to each set's trust the share of the selected with a positive cosine; one line per set."""
+    for v, (name, found) in enumerate(trusts.items()):
+        found["selected_positive"] = float((scores[selected, v] > 0).mean())
+        print(f"{name}: {found['effective_prompts']:.1f} effective prompts, the five largest hold "
+              f"{found['top_five_share']:.0%} of the squared norm; cosine of the halves "
+              f"{found['halves_cosine']:.2f}; {found['selected_positive']:.0%} of the selected agree with it")
+        if found["effective_prompts"] < 10 or not found["halves_cosine"] >= 0.1:
+            print(f"score.py: warning: {name}: a few prompts decide this mean; use more responses or more "
+                  "prompts, or --rho-max in sketch.py", file=sys.stderr)
 
 
 # ---- the command line ----
@@ -217,10 +248,13 @@ def main():
              "sketch these rollouts")
     with replacing(args.out) as file:
         if args.method == "cropi":
-            scores = influence(args.train, args.val)
+            scores, trusts = influence(args.train, args.val)
             selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
+            report(trusts, scores, selected)
             with replacing(args.out.with_name("scores.npy")) as scores_file:
                 np.save(scores_file, scores)
+            with replacing(args.out.with_name("scores.json")) as trust_file:
+                trust_file.write(json.dumps(trusts, indent=1).encode())
         else:
             selected = select_baseline(args.method, rewards, n, args.seed)
         if len(selected) == 0:

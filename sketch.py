@@ -6,16 +6,16 @@
     g~(s0)    = P drop(g(s0))                                                       sparse random projection
 
 The trajectories tau_1 .. tau_K were sampled once by collect.py from beta = pi_theta(0); no clipping, no KL
-term. drop keeps each coordinate of the gradient with probability --keep, drawn once over ALL parameters and
-the same for every prompt. P maps the kept coordinates to --dim numbers, so that dot products of sketches are
-unbiased estimates of dot products of gradients.
+term. (--rho-max c: a token weighs min(rho, c) instead of rho.) drop keeps each coordinate of the gradient
+with probability --keep, drawn once over ALL parameters and the same for every prompt. P maps the kept ones to
+--dim numbers, so that dot products of sketches are unbiased estimates of dot products of gradients.
 
 Reads   --model      the current policy theta; --rollouts: one or more rollouts.pt of collect.py.
 Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero where all rewards are
                      equal (the gradient is zero) and where the prompt is no candidate. A .json of the same
                      name holds what must match before two sketches are compared (format, policy fingerprint,
-                     seed, keep, dim) and what was seen (prompts, candidates, those of them skipped for equal
-                     rewards, tokens, seconds).
+                     seed, keep, dim, rho_max) and what was seen (prompts, candidates, those of them skipped
+                     for equal rewards, tokens, seconds).
 
 One backward pass serves many prompts. sketch_batch runs the forward pass (group_hidden), the backward pass of
 the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
@@ -35,6 +35,7 @@ all parameters are sketched (there only the embedding); log-probs are at the sam
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -80,14 +81,17 @@ def token_ratio(logp, logp_beta):
     return (logp - logp_beta).exp()
 
 
-def off_policy_surrogate(logp, logp_beta, advantages, mask, k):
+def off_policy_surrogate(logp, logp_beta, advantages, mask, k, rho_max=math.inf):
     """The scalar whose gradient is g: sum over rows of 1/K 1/|tau_k| sum_t rho_{k,t} A_k.
 
     logp, logp_beta: [B, T], one trajectory per row; rows may be of different prompts. advantages: [B]. mask:
     bool [B, T], True where a token exists. k: K, even if not all of a prompt's K trajectories are in the
-    batch.
+    batch. rho_max: c; a token contributes min(rho, c) grad log pi A_k, which is grad rho A_k for c = inf
+    (truncated importance weights: Ionides 2008; IMPALA, Espeholt et al. 2018).
     """
-    per_token = token_ratio(logp, logp_beta) * advantages[:, None]  # [B, T]
+    ratio = token_ratio(logp, logp_beta)
+    ratio = ratio * (rho_max / ratio.detach()).clamp(max=1)  # min(rho, c), as its gradient's weight too
+    per_token = ratio * advantages[:, None]  # [B, T]
     return ((per_token * mask).sum(1) / mask.sum(1)).sum() / k
 
 
@@ -277,7 +281,7 @@ class Sketcher:
             hook.remove()
 
 
-def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, temperature):
+def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, temperature, rho_max=math.inf):
     """What n of the K trajectories of each of b prompts contribute to g~ [b, dim]; b = 1 if not batched.
 
     prompts: b sequences of token ids. responses (b * n sequences), logp_beta (b * n tensors [|tau|]) and
@@ -301,7 +305,7 @@ def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, tempera
             some = slice(first, min(first + rows, end))
             logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
             logp = token_logprobs(logits, targets[some], mask[some])
-            off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k).backward()
+            off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k, rho_max).backward()
     hidden.backward(leaf.grad)
     sketcher.add_autograd(sums)  # where batched, there is nothing: the hooks have filled the sums
     return projection.sketches(sums)
@@ -439,11 +443,11 @@ def run_batches(work, plan, out, settings):
     return [folder / f"{number}.pt" for number in range(len(plan))]
 
 
-def sketch_prompts(sketcher, rollouts, micro_batch):
+def sketch_prompts(sketcher, rollouts, rho_max, micro_batch):
     """g~ [b, dim] of the prompts of a micro-batch, in passes over `rows` of the K responses to each."""
     (batch, rows), sketch = micro_batch, 0
     if len(batch) > 1 and not sketcher.batched:
-        return torch.cat([sketch_prompts(sketcher, rollouts, ([i], rows)) for i in batch])
+        return torch.cat([sketch_prompts(sketcher, rollouts, rho_max, ([i], rows)) for i in batch])
     prompts, advantages = [rollouts["prompts"][i] for i in batch], group_advantage(rollouts["rewards"][batch])
     k = advantages.shape[1]
     for first in range(0, k, rows):
@@ -452,7 +456,8 @@ def sketch_prompts(sketcher, rollouts, micro_batch):
             responses += rollouts["responses"][i * k + first:i * k + end]
             logprobs += rollouts["logprobs"][i * k + first:i * k + end]
         sketch = sketch + sketch_batch(sketcher, prompts, responses, logprobs,
-                                       advantages[:, first:end].flatten(), k, rollouts["meta"]["temperature"])
+                                       advantages[:, first:end].flatten(), k, rollouts["meta"]["temperature"],
+                                       rho_max)
     return sketch.cpu()
 
 
@@ -475,7 +480,8 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     plan = plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in varied}, k, batch_tokens)
     with open(path, "rb") as file:
         settings = [identity, batch_tokens, str(share), hashlib.file_digest(file, "sha256").hexdigest()]
-    parts = run_batches(partial(sketch_prompts, sketcher, rollouts), plan, out, settings)
+    work = partial(sketch_prompts, sketcher, rollouts, float(identity["rho_max"]))
+    parts = run_batches(work, plan, out, settings)
     if RANK > 0:
         return
     with replacing(out) as file:
@@ -505,6 +511,7 @@ def main():
     parser.add_argument("--out", required=True, nargs="+", type=Path, help="a .npy for each of --rollouts")
     parser.add_argument("--keep", type=float, default=0.1, help="probability of keeping a coordinate (0.1)")
     parser.add_argument("--dim", type=int, default=32768, help="numbers per sketch (32768)")
+    parser.add_argument("--rho-max", type=float, default=math.inf, help="largest weight of a token (inf)")
     parser.add_argument("--candidates", type=Fraction, default=Fraction(1),
                         help="share of the first rollouts.pt to sketch, drawn anew for each policy (1)")
     parser.add_argument("--batch-tokens", type=int, default=8192 if torch.cuda.is_available() else 512,
@@ -514,9 +521,10 @@ def main():
                         help="of the weights (float32); gradients are summed in float32 either way")
     parser.add_argument("--seed", type=int, default=0, help="of the projection (0)")
     args = parser.parse_args()
-    if not (0 < args.keep <= 1 and 0 < args.candidates <= 1 and args.dim >= 1):
-        fail("--keep, --candidates, --dim", f"{args.keep}, {args.candidates}, {args.dim}",
-             "0 < keep, candidates <= 1; dim >= 1", "the paper: 0.1, 1, 32768")
+    if not (0 < args.keep <= 1 and 0 < args.candidates <= 1 and args.dim >= 1 and args.rho_max > 0):
+        fail("--keep, --candidates, --dim, --rho-max",
+             f"{args.keep}, {args.candidates}, {args.dim}, {args.rho_max}",
+             "0 < keep, candidates <= 1; dim >= 1; rho-max > 0", "the paper: 0.1, 1, 32768, inf")
     if len(args.rollouts) != len(args.out):
         fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
@@ -528,7 +536,7 @@ def main():
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
     policy = load_policy(args.model, args.device, args.dtype)
     identity = {"format": FORMAT, "policy": fingerprint(policy), "seed": args.seed, "keep": args.keep,
-                "dim": args.dim}
+                "dim": args.dim, "rho_max": str(args.rho_max)}
     sketcher = make_sketcher(policy, Projection(args.seed, args.keep, args.dim, policy.device))
     for number, (path, out) in enumerate(zip(args.rollouts, args.out)):
         share = 1 if number else args.candidates

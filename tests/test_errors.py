@@ -132,7 +132,8 @@ def test_sketch_that_is_a_pickle(files, refuses, tmp_path):
             names="p.npy", says="no readable sketch")
 
 
-@pytest.mark.parametrize("key, value", [("seed", 7), ("keep", 0.5), ("policy", "another")])
+@pytest.mark.parametrize("key, value", [("seed", 7), ("keep", 0.5), ("policy", "another"),
+                                        ("rho_max", "5.0")])
 def test_sketches_that_do_not_match(key, value, files, refuses, tmp_path):
     other = altered_sketch(files["val"], tmp_path, **{key: value})
     refuses(score, "--train", files["train"], "--val", other, names=other, says=f"found {key} {value}")

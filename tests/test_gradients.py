@@ -1,5 +1,8 @@
 """sketch.py's off-policy gradient against plain autograd in float64, one token at a time."""
 
+import copy
+import math
+
 import pytest
 import torch
 from conftest import tiny_qwen
@@ -59,10 +62,10 @@ def rollouts(n=5, vocab=29, seed=3):
     return prompts, responses, beta, rewards
 
 
-def naive_gradient(policy, prompt, responses, beta, rewards):
+def naive_gradient(policy, prompt, responses, beta, rewards, rho_max=math.inf):
     """1/K sum_k 1/|tau_k| sum_t grad rho_{k,t} A_k, by one forward and one backward pass per token.
 
-    It uses no code of sketch.py.
+    With rho_max: min(rho_{k,t}, rho_max) grad log pi instead of grad rho. It uses no code of sketch.py.
     """
     parameters = list(policy.parameters())
     mean = sum(rewards) / K
@@ -74,6 +77,8 @@ def naive_gradient(policy, prompt, responses, beta, rewards):
             probabilities = torch.softmax(policy(state).logits[0, -1] / TEMPERATURE, -1)
             ratio = probabilities[response[t]] / logp_beta[t].double().exp()
             weight = (reward - mean) / (std + 1e-4) / K / len(response)
+            if ratio > rho_max:
+                ratio = rho_max * probabilities[response[t]].log()
             of_token = torch.autograd.grad(ratio * weight, parameters, allow_unused=True)
             for sum_, gradient in zip(total, of_token):
                 if gradient is not None:
@@ -153,6 +158,40 @@ def test_weight_used_outside_its_layer_is_noticed():
     policy = tiny_qwen(tied=True)
     policy.lm_head = HiddenHead(policy.model.embed_tokens)
     assert not sketch.make_sketcher(policy, Whole(policy)).batched
+
+
+@pytest.mark.parametrize("rho_max", [0.2, 0.5, 1e9])
+def test_truncated_gradient_is_the_equation(policy_and_truth, rho_max):
+    """Some ratios are above 0.5 and 0.2, none above 1e9, where the gradient is the plain one."""
+    policy, truth = policy_and_truth
+    prompts, responses, beta, rewards = rollouts()
+    sketcher = sketch.Sketcher(policy, Whole(policy))
+    found = sketch.sketch_batch(sketcher, *arguments([0, 1, 2, 3, 4]), rho_max)
+    sketcher.close()
+    double = copy.deepcopy(policy).double().requires_grad_(True)
+    for i in range(5):
+        own = slice(i * K, (i + 1) * K)
+        expected = naive_gradient(double, prompts[i], responses[own], beta[own], rewards[i].tolist(), rho_max)
+        assert relative_error(found[i], expected) <= 1e-5
+    assert (relative_error(found, truth) <= 1e-5) == (rho_max == 1e9)
+
+
+def test_truncated_weights_in_closed_form():
+    """d/d logp is min(rho, c) A / |tau| / K; a ratio of 0 gives 0, not NaN; c = inf changes no bit."""
+    ratios = torch.tensor([[0.0, 0.5, 1.0, 4.0, 300.0]], dtype=torch.float64)
+    mask, advantages = torch.ones(1, 5, dtype=torch.bool), torch.tensor([-1.5], dtype=torch.float64)
+    for rho_max in (0.7, 5.0, math.inf):
+        logp = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+        found = sketch.off_policy_surrogate(logp, -ratios.log(), advantages, mask, 2, rho_max)
+        weights = ratios.clamp(max=rho_max)
+        assert found.item() == pytest.approx(-1.5 * weights.sum().item() / 5 / 2, rel=1e-12)
+        slope = torch.autograd.grad(found, logp)[0]
+        torch.testing.assert_close(slope, -1.5 * weights / 5 / 2, rtol=1e-12, atol=0)
+    logp = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.tensor([1.0, -1.0, 0.3])
+    plain = (sketch.token_ratio(logp, 0.1) * weights[:, None]).sum(1) / 4
+    truncated = sketch.off_policy_surrogate(logp, 0.1, weights, torch.ones(3, 4, dtype=torch.bool), 1)
+    assert torch.equal(*(torch.autograd.grad(value.sum(), logp)[0] for value in (plain, truncated)))
 
 
 def test_surrogate_counts_tokens_of_each_trajectory():

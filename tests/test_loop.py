@@ -150,7 +150,7 @@ def test_dry_run_prints_every_command_and_writes_nothing(preset, tmp_path):
 def test_candidates_below_alpha_are_refused(tmp_path):
     for candidates, refused in (("0.05", True), ("1.5", True), ("0.1", False), ("1/2", False)):
         done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
-                              env={**os.environ, "DRY_RUN": "1", "CANDIDATES": candidates})
+                              env={**os.environ, "DRY_RUN": "1", "ALPHA": "0.1", "CANDIDATES": candidates})
         assert (done.returncode == 2 and "CANDIDATES" in done.stderr) == refused
 
 
@@ -233,7 +233,7 @@ def commands(run, world, out):
                   {out / "selected.npy": phase / "selected.npy", out / "scores.npy": phase / "scores.npy"}),
         "train_grpo": (["train_grpo.py", "--model", run / "cropi/phase-0/policy", "--ref", world / "base",
                         "--rollouts", rollouts / "train.pt", "--select", phase / "selected.npy",
-                        "--eval", rollouts / "targeted.pt", rollouts / "other.pt",
+                        "--eval", rollouts / "targeted.pt", rollouts / "related.pt", rollouts / "other.pt",
                         "--optimizer", run / "cropi/phase-0/policy/optimizer.pt", "--out", out / "policy",
                         "--steps", 3, "--batch-size", 4, "--group", 4, "--lr", "1e-3", "--eval-every", 2,
                         "--eval-samples", 2, "--save-every", 1, "--batch-tokens", 128],

@@ -14,7 +14,7 @@ import score
 def write_sketch(path, array, **changes):
     np.save(path, np.asarray(array, dtype=np.float32))
     sidecar = {"format": 2, "policy": "p", "seed": 0, "keep": 0.1, "dim": array.shape[1],
-               "prompts": len(array)}
+               "rho_max": "inf", "prompts": len(array)}
     path.with_suffix(".json").write_text(json.dumps({**sidecar, **changes}))
     return path
 
@@ -129,3 +129,34 @@ def test_short_selection_says_so(tmp_path, call):
                            "--alpha", "0.5")
     assert code == 0 and np.load(tmp_path / "s.npy").tolist() == [8, 9]
     assert "fewer than floor(alpha N) = 5" in stdout
+
+
+def test_trust_of_hand_made_sketches(tmp_path, call):
+    """Equal norms: all prompts count. One prompt of 1000 times the norm counts alone, which is warned of."""
+    rng = np.random.default_rng(0)
+    unit = rng.normal(size=(600, 8)) + 1  # two blocks of rows
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    heavy = unit.copy()
+    heavy[517] *= -1000
+    opposite = np.where(np.arange(40)[:, None] % 2, -1.0, 1.0) * np.eye(8)[0] + 0.01 * np.eye(8)[1]
+    train = write_sketch(tmp_path / "t.npy", rng.normal(size=(50, 8)))
+    vals = [write_sketch(tmp_path / f"{name}.npy", array)
+            for name, array in (("unit", unit), ("heavy", heavy), ("opposite", opposite))]
+    code, out, err = call(score, "--train", train, "--val", *vals, "--out", tmp_path / "s.npy",
+                          "--alpha", "0.2")
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert code == 0 and list(found) == ["unit", "heavy", "opposite"]
+    assert found["unit"]["effective_prompts"] == pytest.approx(600, rel=1e-4)
+    assert found["unit"]["top_five_share"] == pytest.approx(5 / 600, rel=1e-4)
+    halves = unit[::2].mean(0), unit[1::2].mean(0)
+    cosine = halves[0] @ halves[1] / np.linalg.norm(halves[0]) / np.linalg.norm(halves[1])
+    assert found["unit"]["halves_cosine"] == pytest.approx(cosine, rel=1e-4) and cosine > 0.5
+    squares = np.square(heavy).sum(1)
+    effective = squares.sum() ** 2 / np.square(squares).sum()
+    assert found["heavy"]["effective_prompts"] == pytest.approx(effective, rel=1e-4) and effective < 1.01
+    assert found["heavy"]["top_five_share"] > 0.999 and found["heavy"]["halves_cosine"] < -0.5
+    assert found["opposite"]["halves_cosine"] < -0.99
+    selected, scores = np.load(tmp_path / "s.npy"), np.load(tmp_path / "scores.npy")
+    for v, name in enumerate(found):
+        assert found[name]["selected_positive"] == pytest.approx((scores[selected, v] > 0).mean())
+        assert f"\n{name}: " in "\n" + out and (f"warning: {name}:" in err) == (name != "unit")
