@@ -251,17 +251,20 @@ def load_examples(source, prompt_keys, answer_keys, family_key, limit):
     Prompt and answer are in the first of the keys that is a column. A list of answers is joined by commas.
     """
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    name, config, split = (source.split(":", 2) + ["", ""])[:3]
+    name, config, split = [kind, "", ""] if kind else (source.split(":", 2) + ["", ""])[:3]
     try:
-        rows = datasets.load_dataset(kind or name, config or None, data_files=source if kind else None,
+        rows = datasets.load_dataset(name, config or None, data_files=source if kind else None,
                                      split=split or "train")
     except Exception as error:  # datasets wraps the reason: its cause says which line
         fail(source, f"unreadable data ({error.__cause__ or error or repr(error)})",
              "a .jsonl or .parquet file that is not empty, or a hub data set", "fix the data")
     columns, examples = [], []
     for keys in (prompt_keys, answer_keys):
-        columns += [key for key in keys if key in rows.column_names][:1] or fail(
-            source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}", "set --prompt-key")
+        found = [key for key in keys if key in rows.column_names]
+        if not found:
+            fail(source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}",
+                 "set --prompt-key and --answer-key")
+        columns.append(found[0])
     for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
         prompt, answer = (row[column] for column in columns)
         answers = answer if isinstance(answer, list) else [answer]
@@ -269,7 +272,7 @@ def load_examples(source, prompt_keys, answer_keys, family_key, limit):
         if not prompt or not answer.strip():
             fail(source, f"an empty prompt or answer in example {number}", f"text in {columns}", "drop it")
         examples.append((prompt, answer, str(row.get(family_key) or "")))
-    return examples
+    return examples or fail(source, "no example", "at least one", "check --data")
 
 
 def encode_prompt(prompt, instruction, tokenizer):
@@ -294,7 +297,8 @@ def read_prompts(args, tokenizer, sources):
             answers.append(answer)
             families.append(family or (source if len(sources) > 1 else ""))
             if len(prompts[-1]) > limit:
-                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})", f"at most {limit}",
+                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})",
+                     f"at most {limit} tokens with --max-new-tokens {args.max_new_tokens}",
                      "drop it or lower --max-new-tokens")
     return prompts, answers, families
 

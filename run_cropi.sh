@@ -26,6 +26,7 @@ MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub 
 if [ -z "$MODEL" ]; then
     RUN=${RUN:-runs/toy}
     TOY=${TOY:-$RUN/world}            # folder of the toy's data and base policy, made once, from SEED
+    TARGETED=${TARGETED:-sort dbl}    # its targeted families; another pair needs its own VAL
     MODEL=$TOY/base
     BASELINE=${BASELINE-full}         # methods to run before METHOD and to plot with it; BASELINE= for none
     TRAIN=${TRAIN:-$TOY/train.jsonl}
@@ -82,7 +83,6 @@ PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .
 # ---- set-up --------------------------------------------------------------------------------------------
 . ./setup.sh
 ENGINE=${ENGINE:-${GPU:+vllm}} ENGINE=${ENGINE:-hf}
-
 
 launch=("$PYTHON")
 [ "$NPROC" -eq 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
@@ -142,7 +142,7 @@ if [ -z "$DRY_RUN" ]; then
 fi
 
 if [ -n "$TOY" ]; then
-    stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" ${TARGETED:+--targeted $TARGETED}
+    stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --targeted $TARGETED
 fi
 
 # ---- stage 1, once: rollouts of the base policy --------------------------------------------------------
@@ -174,8 +174,8 @@ collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${va
 # ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD
     local method=$1 folder=$RUN/$1 policy=$MODEL optimizer=() dapo=() rule m phase val name
-    settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX RRF_C BATCH GROUP TRAIN_TEMPERATURE LR KL_COEF \
-        ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+    settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX RRF_C BATCH GROUP TRAIN_TEMPERATURE LR \
+        KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
     [ "$method" != dapo ] || dapo=(--dynamic-sampling --token-mean)
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
@@ -191,7 +191,8 @@ run_method() { # METHOD
                 stage "$folder" "phase-$m-sketch" "${launch[@]}" sketch.py --model "$policy" \
                     --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
                     --out "$phase/train.npy" "${val[@]}" --keep "$KEEP" --dim "$DIM" \
-                    --candidates "$CANDIDATES" --rho-max "$RHO_MAX" --batch-tokens "$BATCH_TOKENS" --dtype "$DTYPE" --seed "$SEED"
+                    --candidates "$CANDIDATES" --rho-max "$RHO_MAX" --batch-tokens "$BATCH_TOKENS" \
+                    --dtype "$DTYPE" --seed "$SEED"
                 stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" \
                     --val "${val[@]}" --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" \
                     --alpha "$ALPHA" --rrf-c "$RRF_C"

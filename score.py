@@ -78,9 +78,8 @@ def reciprocal_rank_fusion(scores, n, c=0.0):
 def trust(norms, halves):
     """How far the mean of a validation set can be trusted, from its sketches alone.
 
-    norms: [N] of the sketches; halves: [2, dim], the sums of those at even and at odd indices. Returns
-    effective_prompts = (sum |g|^2)^2 / sum |g|^4 (N for equal norms, 1 if one prompt is all that counts; the
-    effective sample size of Kish 1965), top_five_share (of sum |g|^2) and halves_cosine.
+    norms: [N]; halves: [2, dim], the sums of the sketches at even and at odd indices. effective_prompts: (sum
+    |g|^2)^2 / sum |g|^4 (Kish 1965), N for equal norms, 1 if one prompt is all that counts.
     """
     squares, (even, odd) = norms.double().square(), halves.double()
     return {"effective_prompts": float(squares.sum() ** 2 / squares.square().sum()),
@@ -196,7 +195,7 @@ def influence(train, validation):
         means.append(halves.sum(0) / len(other))
         if not means[-1].any():
             fail(path, "a zero mean gradient", "prompts with unequal rewards", "use other validation prompts")
-        trusts[Path(path).stem] = trust(torch.cat(norms), halves)
+        trusts[str(path)] = trust(torch.cat(norms), halves)
     means = torch.stack(means).float()  # [V, dim]
     return torch.cat([popi(rows, norms, means) for rows, norms in blocks(sketch, train)]).numpy(), trusts
 
@@ -205,12 +204,10 @@ def report(trusts, scores, selected):
     """Adds to each set's trust the share of the selected with a positive cosine; one line per set."""
     for v, (name, found) in enumerate(trusts.items()):
         found["selected_positive"] = float((scores[selected, v] > 0).mean())
-        print(f"{name}: {found['effective_prompts']:.1f} effective prompts, the five largest hold "
-              f"{found['top_five_share']:.0%} of the squared norm; cosine of the halves "
-              f"{found['halves_cosine']:.2f}; {found['selected_positive']:.0%} of the selected agree with it")
-        if found["effective_prompts"] < 10 or not found["halves_cosine"] >= 0.1:
-            print(f"score.py: warning: {name}: a few prompts decide this mean; use more responses or more "
-                  "prompts, or --rho-max in sketch.py", file=sys.stderr)
+        print(f"{name}:", ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
+        if found["effective_prompts"] < 10 or found["halves_cosine"] < 0.1:
+            print(f"score.py: warning: {name}: a few prompts decide the mean; use more responses or prompts "
+                  "or --rho-max of sketch.py", file=sys.stderr)
 
 
 # ---- the command line ----
@@ -250,16 +247,17 @@ def main():
         if args.method == "cropi":
             scores, trusts = influence(args.train, args.val)
             selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
-            report(trusts, scores, selected)
-            with replacing(args.out.with_name("scores.npy")) as scores_file:
-                np.save(scores_file, scores)
-            with replacing(args.out.with_name("scores.json")) as trust_file:
-                trust_file.write(json.dumps(trusts, indent=1).encode())
         else:
             selected = select_baseline(args.method, rewards, n, args.seed)
         if len(selected) == 0:
             source = args.rollouts or args.train
             fail(source, "no prompt with a reward variance", "one", "raise K in collect.py")
+        if args.method == "cropi":
+            report(trusts, scores, selected)
+            with replacing(args.out.with_name("scores.npy")) as scores_file:
+                np.save(scores_file, scores)
+            with replacing(args.out.with_name("scores.json")) as trust_file:
+                trust_file.write(json.dumps(trusts, indent=1).encode())
         np.save(file, selected.astype(np.int64))
     note = f" (fewer than floor(alpha N) = {n}: the others have no gradient)" if len(selected) < n else ""
     print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{note}")

@@ -21,7 +21,8 @@ One backward pass serves many prompts. sketch_batch runs the forward pass (group
 the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
 the layer's input x with the gradient delta at its output into one gradient per prompt (prompt_gradients; for
 a Linear, delta^T x) and add the kept coordinates to the sketches (Projection.add). A model with a layer
-unknown to prompt_gradients is sketched by plain autograd, one prompt per pass; a line says so.
+unknown to prompt_gradients, or for which a trial disagrees with autograd (make_sketcher), is sketched by
+plain autograd, one prompt per pass; a line says so.
 
 A killed run, started again with the same command, resumes after its finished batches. Under torchrun (one
 file system) the ranks share the batches. The bytes are the same for any number of ranks with the same number
@@ -108,6 +109,11 @@ def kept_coordinates(numel, keep, generator):
     return kept[kept < numel]
 
 
+def stream_seed(*key):
+    """A seed for torch.Generator from any key: every use of random numbers gets a stream of its own."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
+
+
 class Projection:
     """P drop(.): a linear map from all parameters to `dim` numbers, drawn on the CPU from (seed, name).
 
@@ -124,8 +130,7 @@ class Projection:
     def draw(self, name, numel):
         """(kept, buckets) of a parameter. A bucket >= dim means bucket - dim with sign -1."""
         if name not in self.drawn:
-            digest = hashlib.sha256(repr((self.seed, name)).encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+            generator = torch.Generator().manual_seed(stream_seed(self.seed, name))
             kept = kept_coordinates(numel, self.keep, generator)
             buckets = torch.randint(2 * self.dim, (len(kept),), generator=generator)
             dtype = torch.int32 if numel < 2**31 else torch.int64
@@ -312,13 +317,14 @@ def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, tempera
 
 
 def make_sketcher(policy, projection):
-    """A Sketcher that agrees with autograd on the policy's own logits: batched or, if none does, plain.
+    """A batched Sketcher if it agrees with autograd on the policy's own logits, otherwise a plain one.
 
-    It is tried on two prompts with two responses each and logp_beta = 0, so that rho is pi_theta.
+    Each is tried on two prompts with two responses each and logp_beta = 0, so that rho is pi_theta.
     """
     prompts, responses = [[1, 0, 1], [0, 1, 1, 0, 1]], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
     logp_beta, advantages = [torch.zeros(len(r)) for r in responses], torch.tensor([1.0, -1.0, 0.5, 1.0])
-    problem, tolerance = "another gradient with a KV cache", 1e-2 if policy.dtype == torch.float32 else 0.1
+    tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1
+    problem = "another gradient than that of the model's own logits"
     sketcher, sums = Sketcher(policy, projection, batched=False), projection.zeros(2)
     for j, response in enumerate(responses):
         tokens = torch.tensor(prompts[j // 2] + response, device=policy.device)
@@ -464,12 +470,12 @@ def sketch_prompts(sketcher, rollouts, rho_max, micro_batch):
 def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     """Sketches one rollouts.pt into a .npy and its .json. identity: policy and projection, for the .json.
 
-    share: of the prompts are candidates, drawn from the seed and the policy; the rows of the others are zero.
+    share: that of the prompts that are candidates, drawn from the seed and the policy. Other rows are zero.
     """
     began, rollouts = time.perf_counter(), load_rollouts(path)
     (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].view_as(rollouts["rewards"])
-    digest = hashlib.sha256(repr((identity["seed"], identity["policy"])).encode()).digest()
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little")))
+    generator = torch.Generator().manual_seed(stream_seed(identity["seed"], identity["policy"]))
+    order = torch.randperm(n, generator=generator)
     candidates = order[:int(share * n)].sort().values
     rewards = rollouts["rewards"][candidates]
     varied = candidates[(rewards != rewards[:, :1]).any(1)].tolist()

@@ -196,7 +196,8 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
     """One AdamW update towards higher J on a batch of groups. Returns its row of metrics.jsonl.
 
     prompts: B sequences of token ids; responses, logp_sampled: B*G lists, prompt-major; rewards: [B, G]. J is
-    a mean over the B*G responses, to which each micro-batch of --batch-tokens contributes.
+    a mean over the B*G responses (--token-mean: over all tokens); each micro-batch adds its part. args: the
+    command line's train_temperature, kl_coef, entropy_coef, token_mean, max_grad_norm and batch_tokens.
     """
     group, tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
     pad, advantages = nn.utils.rnn.pad_sequence, group_advantage(rewards).flatten().to(device)  # [B*G]
@@ -782,7 +783,8 @@ def main():
     tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
     for name in {source["meta"]["verifier"] for source in (rollouts, *tests.values())}:
         if name not in ("exact", "math", args.verifier):  # it would run code that the command does not name
-            fail("--verifier", args.verifier, f"the rollouts' own, {name}", "name it if you trust it")
+            fail("--verifier", args.verifier or "nothing", f"that of the rollouts, {name}",
+                 "name it if you trust its code")
     if args.train_temperature is None:
         args.train_temperature = rollouts["meta"]["temperature"]
     if args.eval_temperature is None:

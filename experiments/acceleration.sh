@@ -3,7 +3,7 @@
 # variations. The numbers of each finished run are written to experiments/results/acceleration/NAME.json at
 # once; runs that have such a file are not made again. acceleration.py evaluates them.
 #
-#   bash experiments/acceleration.sh                       resumable; JOBS=2 seeds side by side, one thread each
+#   bash experiments/acceleration.sh               resumable; JOBS=2 seeds side by side, one thread each
 #   SEEDS="0 1" METHODS="full influence cropi" bash experiments/acceleration.sh
 #
 # Run nothing else on the machine: seconds are compared.

@@ -6,11 +6,11 @@
 #   DRY_RUN=1 PRESET=presets/qwen2.5-1.5b.sh bash run_cropi.sh                prints the commands only
 #
 # From the paper: the model, the data sets, K, K_VAL, TEMPERATURE, VAL_LIMIT, ALPHA, KEEP, DIM, BATCH, GROUP,
-# LR, KL_COEF, the length limit and 1000 steps. From the authors' release: ENTROPY_COEF. Assumed: the release
-# sets no temperature for RL, which in its framework (verl) means TRAIN_TEMPERATURE=1 and greedy validation,
-# EVAL_TEMPERATURE=0. Ours: the copies of the data sets on the hub, none of which was loaded here (columns and
-# sizes are from the hub's pages); MATH-500 as MATH's test set; the wording of the instruction; 10 phases of
-# 100 steps.
+# LR, KL_COEF, the length limit and 1000 steps. ENTROPY_COEF: the paper's or its release's. Assumed: the
+# release sets no temperature for RL, which in its framework (verl) means TRAIN_TEMPERATURE=1 and greedy
+# validation, EVAL_TEMPERATURE=0. Ours: the copies of the data sets on the hub, none of which was loaded here
+# (columns and sizes are those that other public code names); MATH-500 as MATH's test set; the wording of the
+# instruction; 10 phases of 100 steps.
 #
 # Validation: the last 100 train problems of GSM8K and of MATH, which leave the pool. Tests are whole: GSM8K
 # 1319, MATH 500, Gaokao 2023 EN 385, AMC23 40, OlympiadBench 674 (open-ended, text only, English) and AIME24

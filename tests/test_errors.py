@@ -187,6 +187,7 @@ def test_no_prompt_with_a_variance(files, refuses, tmp_path):
     ('{"prompt": "1+1=", "answer": "2"}\nnot json\n', "unreadable data"),
     ('{"query": "1+1=", "answer": "2"}\n',
      "columns ['query', 'answer']; expected a column prompt or question"),
+    ('{"prompt": "1+1="}\n', "columns ['prompt']; expected a column answer or solution"),
     ('{"prompt": "1+1=", "answer": " "}\n', "an empty prompt or answer in example 1"),
     ('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "", "answer": "2"}\n',
      "an empty prompt or answer in example 2"),

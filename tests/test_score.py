@@ -3,6 +3,7 @@
 import json
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,7 +146,8 @@ def test_trust_of_hand_made_sketches(tmp_path, call):
     code, out, err = call(score, "--train", train, "--val", *vals, "--out", tmp_path / "s.npy",
                           "--alpha", "0.2")
     found = json.loads((tmp_path / "scores.json").read_text())
-    assert code == 0 and list(found) == ["unit", "heavy", "opposite"]
+    assert code == 0 and list(found) == list(map(str, vals))
+    found = {Path(path).stem: numbers for path, numbers in found.items()}
     assert found["unit"]["effective_prompts"] == pytest.approx(600, rel=1e-4)
     assert found["unit"]["top_five_share"] == pytest.approx(5 / 600, rel=1e-4)
     halves = unit[::2].mean(0), unit[1::2].mean(0)
@@ -159,4 +161,4 @@ def test_trust_of_hand_made_sketches(tmp_path, call):
     selected, scores = np.load(tmp_path / "s.npy"), np.load(tmp_path / "scores.npy")
     for v, name in enumerate(found):
         assert found[name]["selected_positive"] == pytest.approx((scores[selected, v] > 0).mean())
-        assert f"\n{name}: " in "\n" + out and (f"warning: {name}:" in err) == (name != "unit")
+        assert f"{vals[v]}: " in out and (f"warning: {vals[v]}:" in err) == (name != "unit")

@@ -212,7 +212,7 @@ def main():
     parser.add_argument("--targeted", nargs=2, default=["sort", "dbl"], choices=list(FAMILIES),
                         help="the targeted families (sort dbl)")
     parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=f"of the base policy ({SFT_STEPS})")
-    parser.add_argument("--micro", action="store_true", help="four families of 30 prompts, for the tests")
+    parser.add_argument("--micro", action="store_true", help="a small world for the tests")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -220,11 +220,11 @@ def main():
     shutil.rmtree(part, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
     targeted, families, sizes = args.targeted, FAMILIES, SIZES
+    makers = [*families.values(), *(form for family in targeted for form in related(family))]
     if args.micro:
         families = {family: FAMILIES[family] for family in (*targeted, "count", "next")}
-        sizes = {"targeted": 30, "other": 30, "val": 8, "test": 12}
+        sizes, makers = {"targeted": 30, "other": 30, "val": 8, "test": 12}, list(families.values())
     held_out = write_data(args.out, families, targeted, sizes, random.Random(args.seed))
-    makers = [*families.values(), *(form for family in targeted for form in related(family))]
     if not (args.out / "base").exists():
         train_base(part, makers, held_out, args.sft_steps, random.Random(args.seed + 1), args.seed)
         os.replace(part, args.out / "base")
