@@ -162,3 +162,13 @@ def test_trust_of_hand_made_sketches(tmp_path, call):
     for v, name in enumerate(found):
         assert found[name]["selected_positive"] == pytest.approx((scores[selected, v] > 0).mean())
         assert f"{vals[v]}: " in out and (f"warning: {vals[v]}:" in err) == (name != "unit")
+
+
+def test_equal_graded_rewards_are_not_selected(tmp_path, call):
+    """A group of eight rewards of 0.1 has no gradient; one of different rewards has."""
+    rewards = [[0.1] * 8, [0.1] * 7 + [0.9], [1.0] * 8, [0.5] * 8, [0.2, 0.3] * 4]
+    rollouts = rollouts_with_rewards(tmp_path / "r.pt", rewards)
+    for method in ("passrate", "learnability"):
+        assert call(score, "--method", method, "--rollouts", rollouts, "--alpha", 1,
+                    "--out", tmp_path / "s.npy")[0] == 0
+        assert sorted(np.load(tmp_path / "s.npy")) == [1, 4]
