@@ -119,6 +119,8 @@ def evaluate(methods):
                 full, level = methods["full"][seed], at["final"]["targeted"]["full"][seed]
                 needed = [crossing(run[axis], smoothed(run["accuracy"]["targeted"]), level)
                           for run in (full, runs[seed])]
+                if needed[1] == 0:  # the base policy is already there: nothing to accelerate
+                    sys.exit(f"{name}, seed {seed}: full data ends at or below the base policy")
                 ratios.append(round(needed[0] / needed[1], 3))
             result[f"{key}_acceleration"][name] = {"median": float(np.median(ratios)), "per_seed": ratios}
     result["differences"] = {}
