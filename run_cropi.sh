@@ -63,6 +63,7 @@ CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts sketched, 
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
 RHO_MAX=${RHO_MAX:-inf}               # largest weight of a token in the sketched gradient; inf: the paper's
+SKETCH=${SKETCH:-sketch.py}           # script of stage 2, to compare estimators of the gradient
 RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
 BATCH=${BATCH:-128}                   # prompts per GRPO step
 GROUP=${GROUP:-8}                     # responses per prompt in a GRPO step
@@ -174,8 +175,8 @@ collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${va
 # ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD
     local method=$1 folder=$RUN/$1 policy=$MODEL optimizer=() dapo=() rule m phase val name
-    settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX RRF_C BATCH GROUP TRAIN_TEMPERATURE LR \
-        KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+    settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX SKETCH RRF_C BATCH GROUP \
+        TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
     [ "$method" != dapo ] || dapo=(--dynamic-sampling --token-mean)
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
@@ -188,7 +189,7 @@ run_method() { # METHOD
             else
                 val=()
                 for name in "${val_names[@]}"; do val+=("$phase/$name.npy"); done
-                stage "$folder" "phase-$m-sketch" "${launch[@]}" sketch.py --model "$policy" \
+                stage "$folder" "phase-$m-sketch" "${launch[@]}" "$SKETCH" --model "$policy" \
                     --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
                     --out "$phase/train.npy" "${val[@]}" --keep "$KEEP" --dim "$DIM" \
                     --candidates "$CANDIDATES" --rho-max "$RHO_MAX" --batch-tokens "$BATCH_TOKENS" \

@@ -1,7 +1,9 @@
 """Evaluates the runs of experiments/acceleration.sh by the protocol of experiments/README.md.
 
-store RUN FILE    saves a finished run's numbers: settings, evaluations (steps, seconds, tokens, accuracies)
-                  and the families selected in each phase. acceleration.sh calls it after each run.
+store RUN FILE    saves a finished run's numbers: settings, evaluations (steps, seconds, tokens, accuracies),
+                  the families selected in each phase and the trust in the validation means. acceleration.sh
+                  calls it after each run.
+pilot             reads experiments/results/pilot/*.json; prints by which score c was chosen.
 (nothing)         reads experiments/results/acceleration/*.json; writes acceleration.json and acceleration.png
                   (accuracy against steps, seconds and sampled tokens: mean over the seeds, band from the
                   lowest to the highest) and prints a table.
@@ -15,6 +17,7 @@ methods, seed by seed (mean, 95% interval by Student's t, per_seed).
     python experiments/acceleration.py
 """
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -37,7 +40,9 @@ TESTS = ("targeted", "related", "other")
 AXES = ("steps", "seconds", "tokens")
 # Student's t, 97.5% quantile of n - 1 degrees of freedom
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # for n seeds
-PAIRS = (("cropi", "influence"), ("cropi", "full"), ("influence", "full"))
+PAIRS = (("cropi", "influence"), ("cropi", "full"), ("influence", "full"), ("cropi (truncated)", "cropi"),
+         ("cropi (clip)", "cropi"), ("cropi (no-ratio)", "cropi"), ("cropi (fresh)", "cropi"),
+         ("cropi (third)", "cropi"), ("cropi (alpha)", "influence (alpha)"))
 
 
 def store(folder, path):
@@ -48,11 +53,19 @@ def store(folder, path):
         for line in file.read_text().splitlines():
             settings[line.partition("=")[0]] = line.partition("=")[2]
     families = [Counter(np.array(run["families"])[phase["selected"]].tolist()) for phase in run["phases"]]
-    result = {"settings": settings, "torch": torch.__version__, "transformers": transformers.__version__,
-              "threads": torch.get_num_threads(), **dict(zip(AXES, x.round(2).tolist())),
-              "collection": round(run["collection"], 2),
+    trusts = []
+    for m, phase in enumerate(run["phases"]):
+        scores = folder / f"phase-{m}/scores.json"
+        trusts.append(list(json.loads(scores.read_text()).values()) if scores.exists() else None)
+        for path in folder.glob(f"phase-{m}/fresh-*.pt"):  # what estimators.py sampled for this phase
+            tokens = len(torch.load(path, weights_only=True, mmap=True)["response_tokens"])
+            x[2, x[0] >= phase["rows"][0]["step"]] += tokens
+    base = hashlib.sha256((ROOT / settings["MODEL"] / "model.safetensors").read_bytes()).hexdigest()
+    result = {"settings": settings, "base_policy": base[:16], "torch": torch.__version__,
+              "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+              **dict(zip(AXES, x.round(2).tolist())), "collection": round(run["collection"], 2),
               "selection": [phase["selection"] for phase in run["phases"]],
-              "selected_families": families, "pool_families": Counter(run["families"]),
+              "selected_families": families, "trust": trusts, "pool_families": Counter(run["families"]),
               "accuracy": {test: values[0].round(5).tolist() for test, values in tests.items()}}
     path.write_text(json.dumps(result) + "\n")
 
@@ -82,8 +95,8 @@ def load():
     for path in sorted((RESULTS / "acceleration").glob("*.json")):
         world, seed, method = path.stem.rsplit("-", 2)
         worlds.setdefault(world, {}).setdefault(method, {})[int(seed)] = json.loads(path.read_text())
-    for variation in ("alpha", "third"):  # in the worlds of the seeds, whose full data they are compared with
-        for method, runs in worlds.pop(variation, {}).items():
+    for variation in [name for name, methods in worlds.items() if "full" not in methods]:
+        for method, runs in worlds.pop(variation).items():  # in the worlds of the seeds
             worlds["seed"][f"{method} ({variation})"] = runs
     return worlds
 
@@ -136,13 +149,13 @@ def evaluate(methods):
 def draw(methods, path):
     figure, axes = plt.subplots(len(TESTS), 3, figsize=(14, 9), sharey="row")
     for row, test in zip(axes, TESTS):
-        for name, runs in methods.items():
+        for name, runs in [(name, runs) for name, runs in methods.items() if name in plot.COLORS]:
             accuracy = np.array([run["accuracy"][test] for run in runs.values()])  # [seeds, evaluations]
-            color, style = plot.COLORS[name.split()[0]], "--" if " " in name else "-"
+            color = plot.COLORS[name]
             for axis, x in zip(row, AXES):
                 at = np.mean([run[x] for run in runs.values()], axis=0)
-                axis.plot(at, accuracy.mean(0), style, color=color, label=f"{name}, {len(runs)} seeds", lw=2)
-                if len(runs) > 1 and " " not in name:
+                axis.plot(at, accuracy.mean(0), color=color, label=f"{name}, {len(runs)} seeds", lw=2)
+                if len(runs) > 1:
                     axis.fill_between(at, accuracy.min(0), accuracy.max(0), color=color, alpha=0.12, lw=0)
                 axis.grid(alpha=0.25)
         row[0].set_ylabel(f"{test}: mean reward")
@@ -153,7 +166,20 @@ def draw(methods, path):
     figure.savefig(path, dpi=130)
 
 
+def pilot():
+    """Prints, for each c, the mean of the smoothed targeted accuracy over half, end and the seeds."""
+    found = {}
+    for path in sorted((RESULTS / "pilot").glob("*.json")):
+        curve = smoothed(json.loads(path.read_text())["accuracy"]["targeted"])
+        found.setdefault(path.stem.split("-")[0], []).append((curve[len(curve) // 2], curve[-1]))
+    for c, values in found.items():
+        print(f"c = {c}: {np.mean(values):.4f}; half, end of each seed: {np.round(values, 3).tolist()}")
+
+
 def main():
+    if sys.argv[1:] == ["pilot"]:
+        pilot()
+        return
     if sys.argv[1:2] == ["store"] and len(sys.argv) == 4:
         store(Path(sys.argv[2]), Path(sys.argv[3]))
         return

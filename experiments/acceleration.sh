@@ -4,48 +4,90 @@
 # once; runs that have such a file are not made again. acceleration.py evaluates them.
 #
 #   bash experiments/acceleration.sh               resumable; JOBS=2 seeds side by side, one thread each
-#   SEEDS="0 1" METHODS="full influence cropi" bash experiments/acceleration.sh
+#   SEEDS="0 1" PARTS="main weights" bash experiments/acceleration.sh
+#   bash experiments/acceleration.sh pilot         the runs that chose RHO_MAX below; then prints its scores
 #
+# PARTS, by default all: main (full data, influence once, CROPI), weights (CROPI with other estimators of the
+# gradient), baselines, variations (ALPHA = 0.1, CANDIDATES = 1/3) and worlds (other targeted families).
 # Run nothing else on the machine: seconds are compared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
-export PYTHON OMP_NUM_THREADS=1 BASELINE= RESULTS=experiments/results/acceleration
-mkdir -p runs/acceleration "$RESULTS"
+export PYTHON OMP_NUM_THREADS=1 BASELINE= RESULTS=experiments/results/acceleration RUNS=runs/acceleration
+mkdir -p "$RUNS" "$RESULTS"
 
-# run NAME METHOD: makes one run in runs/acceleration/$FOLDER, with the environment's settings, and stores it
+# run NAME METHOD: makes the run $RUN/METHOD with the environment's settings and stores its numbers
 run() {
-    local folder=runs/acceleration/$FOLDER
     [ ! -e "$RESULTS/$1.json" ] || return 0
-    METHOD=$2 RUN=$folder bash run_cropi.sh >>"runs/acceleration/log-$FOLDER.txt" 2>&1
-    "$PYTHON" experiments/acceleration.py store "$folder/$2" "$RESULTS/$1.json"
+    METHOD=$2 bash run_cropi.sh >>"$RUNS/log-$(basename "$RUN").txt" 2>&1
+    "$PYTHON" experiments/acceleration.py store "$RUN/$2" "$RESULTS/$1.json"
     echo "$(date +%H:%M) $1"
 }
 
-# seed S: all runs of one seed, one after the other
+# vary NAME METHOD SETTING...: a run with other settings in the world and with the rollouts of seed $SEED
+vary() {
+    local name=$1-$SEED method=$2
+    shift 2
+    (
+        export RUN=$RUNS/$name "$@"
+        mkdir -p "$RUN" "$RUNS/seed-$SEED/rollouts"
+        ln -sfn "../seed-$SEED/rollouts" "$RUN/rollouts"
+        run "$name-$method" "$method"
+    )
+}
+
+# part NAME: the runs of one part for seed $SEED
+part() {
+    local method pair a b
+    case $1 in
+    main) for method in full influence cropi; do run "seed-$SEED-$method" "$method"; done ;;
+    weights)
+        run "seed-$SEED-cropi" cropi
+        vary truncated cropi RHO_MAX=2
+        for estimator in clip no-ratio fresh; do
+            vary "$estimator" cropi SKETCH=experiments/estimators.py ESTIMATOR="$estimator"
+        done
+        ;;
+    baselines)
+        for method in dapo random passrate learnability; do run "seed-$SEED-$method" "$method"; done
+        ;;
+    variations)
+        vary alpha influence ALPHA=0.1
+        vary alpha cropi ALPHA=0.1
+        vary third cropi CANDIDATES=1/3
+        ;;
+    worlds)
+        for pair in "max rev" "uniq sum"; do
+            read -r a b <<<"$pair"
+            (
+                export RUN=$RUNS/$a-$b-$SEED TOY=$RUNS/$a-$b-$SEED/world TARGETED=$pair
+                export VAL="$a=$TOY/val_$a.jsonl $b=$TOY/val_$b.jsonl"
+                for method in full influence cropi; do run "$a-$b-$SEED-$method" "$method"; done
+            )
+        done
+        ;;
+    pilot)
+        for c in 2 5; do vary "$c" cropi RHO_MAX="$c"; done
+        ;;
+    esac
+}
+
+# seed S PART...: these parts of one seed, one run after the other
 seed() {
-    export SEED=$1
-    local methods=${METHODS:-full influence cropi} world=runs/acceleration/seed-$1/world
-    [ "$1" -gt 3 ] || methods=${METHODS:-full influence cropi dapo random passrate learnability}
-    for method in $methods; do FOLDER=seed-$1 run "seed-$1-$method" "$method"; done
-    [ -z "${METHODS:-}" ] && [ "$1" -le 3 ] || return 0
-    for variation in "alpha ALPHA=0.1 influence" "alpha ALPHA=0.1 cropi" "third CANDIDATES=1/3 cropi"; do
-        read -r name setting method <<<"$variation"
-        mkdir -p "runs/acceleration/$name-$1" # of the same world and rollouts
-        ln -sfn ../seed-$1/rollouts "runs/acceleration/$name-$1/rollouts"
-        (export TOY=$world FOLDER=$name-$1 "${setting?}" && run "$name-$1-$method" "$method")
-    done
-    [ "$1" -le 1 ] || return 0
-    for pair in "max rev" "uniq sum"; do
-        read -r a b <<<"$pair"
-        (
-            export FOLDER=$a-$b-$1
-            export TOY=runs/acceleration/$FOLDER/world
-            export VAL="$a=$TOY/val_$a.jsonl $b=$TOY/val_$b.jsonl" TARGETED="$a $b"
-            for method in full influence cropi; do run "$FOLDER-$method" "$method"; done
-        )
+    export SEED=$1 RUN=$RUNS/seed-$1 TOY=$RUNS/seed-$1/world
+    local name
+    for name in "${@:2}"; do
+        case $name-$SEED in # the seeds of each part
+        main-* | pilot-* | worlds-[01] | weights-[0-3] | baselines-[0-3] | variations-[0-3]) part "$name" ;;
+        esac
     done
 }
-export -f run seed
-printf '%s\n' ${SEEDS:-0 1 2 3 4 5 6 7} | xargs -P "${JOBS:-2}" -I {} bash -euo pipefail -c 'seed {}'
-"$PYTHON" experiments/acceleration.py
+export -f run vary part seed
+
+if [ "${1:-}" = pilot ]; then
+    RUNS=runs/pilot RESULTS=experiments/results/pilot SEEDS="20 21" PARTS=pilot
+    mkdir -p "$RUNS" "$RESULTS"
+fi
+printf '%s\n' ${SEEDS:-0 1 2 3 4 5 6 7} | xargs -P "${JOBS:-2}" -I {} \
+    bash -euo pipefail -c "seed {} ${PARTS:-main weights baselines variations worlds}"
+"$PYTHON" experiments/acceleration.py ${1:+"$1"}
