@@ -1,6 +1,6 @@
 """Estimators of a prompt's gradient from old responses, compared at the policies of CROPI's phases.
 
-The policies are those after 0, 1, 2 and 3 phases of the CROPI run (the equation) of each seed of
+The policies are those after 1, 2 and 3 phases of the CROPI run (the equation) of each seed of
 experiments/acceleration.sh; there, the same old responses are weighed in several ways (estimators.py):
 
 rho          the equation
@@ -9,7 +9,7 @@ clip         the release's default; recentred: its other option; no-ratio: weigh
 unit         the equation; the validation mean is that of unit gradients
 fresh        the equation with as many responses, sampled from the current policy
 
-For the train prompts (every third one, K = 8):
+For the train prompts (every sixth one, K = 8):
 
 cosine       mean cosine of a prompt's gradient with the one from 64 further fresh responses, over every
              twelfth prompt, of those that have both; above_0.6: the share of such cosines
@@ -55,7 +55,7 @@ import score
 
 RUNS, OUT = ROOT / "runs/acceleration", ROOT / "runs/off_policy"
 SETS, TARGETED, ALPHA, REFERENCE = ("val_sort", "val_dbl"), ("sort", "dbl"), Fraction("0.03"), 64
-CUTS = (10, 5, 2, 1)
+CUTS, EVERY, PHASES = (10, 5, 2, 1), 6, range(1, 4)
 
 
 def truncated(c):
@@ -106,7 +106,7 @@ def compare(train, sets, reference, families, rho_selected):
         per_set[name] = {"top_five": trust["top_five_share"], "effective": trust["effective_prompts"],
                          "halves": cosine(even.mean(0), odd.mean(0)),
                          "fresh": cosine(means[-1], reference[name].mean(0))}
-    some, exact = train[::4], reference["train"]
+    some, exact = train[::2], reference["train"]
     both = (some.norm(dim=1) > 0) & (exact.norm(dim=1) > 0)
     cosines = torch.nn.functional.cosine_similarity(some[both], exact[both])
     columns = zip(scores(some, means).T, scores(exact, [reference[name].mean(0) for name in SETS]).T)
@@ -134,10 +134,10 @@ def measure(path, folder, world, old):
     """All estimators at the policy in `path`; fresh responses go to `folder`."""
     policy, meta = sketch.load_policy(path, "cpu", "float32"), old["train"]["meta"]
     folder.mkdir(parents=True, exist_ok=True)
-    families, fresh, reference, halves = old["train"]["families"][::3], {}, {}, {}
+    families, fresh, reference, halves = old["train"]["families"][::EVERY], {}, {}, {}
     for name in ("train", *SETS):
         lines, train = (world / f"{name}.jsonl").read_text().splitlines(), name == "train"
-        for kind, k, every in (("fresh", old[name]["meta"]["k"], 3), ("reference", REFERENCE, 12)):
+        for kind, k, every in (("fresh", old[name]["meta"]["k"], EVERY), ("reference", REFERENCE, 2 * EVERY)):
             data = folder / f"{kind}-{name}.jsonl"
             data.write_text("".join(line + "\n" for line in lines[::every if train else 1]))
             sample(path, data, data.with_suffix(".pt"), k, meta, {"fresh": 1, "reference": 2}[kind])
@@ -149,7 +149,7 @@ def measure(path, folder, world, old):
     for estimator in (*ESTIMATORS, "unit", "fresh"):
         source, name = fresh if estimator == "fresh" else old, estimator if estimator in ESTIMATORS else "rho"
         if estimator != "unit":
-            every = 3 if source is old else 1
+            every = EVERY if source is old else 1
             train, sets = gradients(policy, source["train"], estimator=name, every=every), {}
             for of in SETS:
                 parts = [None, range(0, source[of]["meta"]["k"], 2), range(1, source[of]["meta"]["k"], 2)]
@@ -177,7 +177,7 @@ def measure_seed(seed):
     saved = json.loads(path.read_text()) if path.exists() else {}
     old = {name: sketch.load_rollouts(run / f"rollouts/{name}.pt") for name in ("train", *SETS)}
     policies = [run / "world/base"] + [run / f"cropi/phase-{m}/policy" for m in range(7)]
-    places = {str(m): policies[m] for m in range(4)}
+    places = {str(m): policies[m] for m in PHASES}
     if seed == "0":
         places["small_lr"] = out / "small-lr"
         if not (out / "small-lr/config.json").exists():
@@ -205,7 +205,7 @@ def evaluate():
     paths = sorted((RESULTS / "off_policy").glob("seed-*.json"))
     seeds = {path.stem.split("-")[1]: json.loads(path.read_text()) for path in paths}
     result = {"command": "python experiments/off_policy.py", "seeds": list(seeds), "phases": {}}
-    for m in map(str, range(4)):
+    for m in map(str, PHASES):
         result["phases"][m] = {}
         for estimator, measures in next(iter(seeds.values()))[m].items():
             result["phases"][m][estimator] = {
@@ -230,10 +230,10 @@ def draw(result, path):
              ylabel="effective number of validation prompts\n(of 100; mean of two sets)")
     for number, name in enumerate(("rho", "5", "2", "1", "no-ratio", "clip", "fresh")):
         values = [phase[name]["fresh"] for phase in result["phases"].values()]
-        right.plot(range(4), [v["mean"] for v in values], marker="o", markersize=3,
+        right.plot(PHASES, [v["mean"] for v in values], marker="o", markersize=3,
                    label=f"min(rho, {name})" if name.isdigit() else name.replace("-", " "),
                    color="black" if name == "fresh" else f"C{number}")
-    right.set(xlabel="phases of training", xticks=range(4),
+    right.set(xlabel="phases of training", xticks=PHASES,
               ylabel="cosine of the validation mean\nwith that of 64 fresh responses")
     for axis in (left, right):
         axis.grid(alpha=0.25)
