@@ -1,8 +1,8 @@
 """Evaluates the runs of experiments/acceleration.sh by the protocol of experiments/README.md.
 
 store RUN FILE    saves a finished run's numbers: settings, evaluations (steps, seconds, tokens, accuracies),
-                  the families selected in each phase and the trust in the validation means. acceleration.sh
-                  calls it after each run.
+                  the families selected in each phase, the trust in the validation means and the mean cosine
+                  of targeted prompts, selected before or not. acceleration.sh calls it after each run.
 pilot             reads experiments/results/pilot/*.json; prints by which score c was chosen.
 (nothing)         reads experiments/results/acceleration/*.json; writes acceleration.json and acceleration.png
                   (accuracy against steps, seconds and sampled tokens: mean over the seeds, band from the
@@ -53,10 +53,16 @@ def store(folder, path):
         for line in file.read_text().splitlines():
             settings[line.partition("=")[0]] = line.partition("=")[2]
     families = [Counter(np.array(run["families"])[phase["selected"]].tolist()) for phase in run["phases"]]
-    trusts = []
+    targeted = np.isin(run["families"], [pair.partition("=")[0] for pair in settings["VAL"].split()])
+    trusts, cosines, trained = [], [], np.zeros(len(targeted), bool)
     for m, phase in enumerate(run["phases"]):
-        scores = folder / f"phase-{m}/scores.json"
-        trusts.append(list(json.loads(scores.read_text()).values()) if scores.exists() else None)
+        if (folder / f"phase-{m}/scores.json").exists():
+            trusts.append(list(json.loads((folder / f"phase-{m}/scores.json").read_text()).values()))
+            scores = np.load(folder / f"phase-{m}/scores.npy").mean(1)
+            groups = [scores[targeted & of & np.isfinite(scores)] for of in (trained, ~trained)]
+            cosines.append([[len(group), round(float(group.mean()), 4) if len(group) else None]
+                            for group in groups])
+        trained[phase["selected"]] = True
         for path in folder.glob(f"phase-{m}/fresh-*.pt"):  # what estimators.py sampled for this phase
             tokens = len(torch.load(path, weights_only=True, mmap=True)["response_tokens"])
             x[2, x[0] >= phase["rows"][0]["step"]] += tokens
@@ -65,7 +71,8 @@ def store(folder, path):
               "transformers": transformers.__version__, "threads": torch.get_num_threads(),
               **dict(zip(AXES, x.round(2).tolist())), "collection": round(run["collection"], 2),
               "selection": [phase["selection"] for phase in run["phases"]],
-              "selected_families": families, "trust": trusts, "pool_families": Counter(run["families"]),
+              "selected_families": families, "pool_families": Counter(run["families"]),
+              "trust": trusts, "cosines": cosines,
               "accuracy": {test: values[0].round(5).tolist() for test, values in tests.items()}}
     path.write_text(json.dumps(result) + "\n")
 
