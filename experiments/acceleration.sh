@@ -7,14 +7,16 @@
 #   SEEDS="0 1" PARTS="main weights" bash experiments/acceleration.sh
 #   bash experiments/acceleration.sh pilot         the runs that chose RHO_MAX below; then prints its scores
 #
-# PARTS, by default all: main (full data, influence once, CROPI), weights (CROPI with other estimators of the
-# gradient), baselines, variations (ALPHA = 0.1, CANDIDATES = 1/3) and worlds (other targeted families).
+# PARTS, by default all but the last: main (full data, influence once, CROPI), weights (CROPI with other
+# estimators of the gradient), baselines, variations (ALPHA = 0.1, CANDIDATES = 1/3), worlds (other targeted
+# families); and reselection (pools with fewer and with more targeted prompts, shorter and longer phases), whose
+# numbers are in experiments/results/reselection.
 # Run nothing else on the machine: seconds are compared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
 export PYTHON OMP_NUM_THREADS=1 BASELINE= RESULTS=experiments/results/acceleration RUNS=runs/acceleration
-mkdir -p "$RUNS" "$RESULTS"
+mkdir -p "$RUNS" "$RESULTS" experiments/results/reselection
 
 # run NAME METHOD: makes the run $RUN/METHOD with the environment's settings and stores its numbers
 run() {
@@ -66,6 +68,19 @@ part() {
             )
         done
         ;;
+    reselection)
+        export RESULTS=experiments/results/reselection
+        vary phases-4 cropi PHASES=4 STEPS=40
+        vary phases-16 cropi PHASES=16 STEPS=10
+        for n in 60 100 430; do
+            (
+                export RUN=$RUNS/pool-$n-$SEED TOY=$RUNS/pool-$n-$SEED/world
+                [ -e "$TOY/seconds.tsv" ] || "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --pool-targeted "$n"
+                printf 'world\t0\n' >"$TOY/seconds.tsv"
+                for method in influence cropi; do run "pool-$n-$SEED-$method" "$method"; done
+            )
+        done
+        ;;
     pilot)
         for c in 2 5; do vary "$c" cropi RHO_MAX="$c"; done
         ;;
@@ -78,7 +93,7 @@ seed() {
     local name
     for name in "${@:2}"; do
         case $name-$SEED in # the seeds of each part
-        main-* | pilot-* | worlds-[01] | weights-[0-3] | baselines-[0-3] | variations-[0-3]) part "$name" ;;
+        main-* | pilot-* | worlds-[01] | reselection-[0-2] | weights-[0-3] | baselines-[0-3] | variations-[0-3]) part "$name" ;;
         esac
     done
 }

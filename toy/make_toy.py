@@ -211,6 +211,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the base policy (0)")
     parser.add_argument("--targeted", nargs=2, default=["sort", "dbl"], choices=list(FAMILIES),
                         help="the targeted families (sort dbl)")
+    parser.add_argument("--pool-targeted", type=int, default=SIZES["targeted"],
+                        help="prompts of each targeted family in the pool of 4800 (200)")
     parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=f"of the base policy ({SFT_STEPS})")
     parser.add_argument("--micro", action="store_true", help="a small world for the tests")
     args = parser.parse_args()
@@ -219,7 +221,8 @@ def main():
     part = args.out / "base.part"
     shutil.rmtree(part, ignore_errors=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    targeted, families, sizes = args.targeted, FAMILIES, SIZES
+    targeted, families, pool = args.targeted, FAMILIES, 2 * SIZES["targeted"] + 10 * SIZES["other"]
+    sizes = {**SIZES, "targeted": args.pool_targeted, "other": (pool - 2 * args.pool_targeted) // 10}
     makers = [*families.values(), *(form for family in targeted for form in related(family))]
     if args.micro:
         families = {family: FAMILIES[family] for family in (*targeted, "count", "next")}
