@@ -27,6 +27,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -51,12 +52,13 @@ def selection_size(alpha, n_prompts):
 
 
 def popi(sketches, norms, validation_means):
-    """U_v(s0) = cos(g~(s0), mean of g~ over D_v). Returns [B, V]; a zero sketch scores -inf.
+    """U_v(s0) = cos(g~(s0), mean of g~ over D_v). Returns [B, V]; -inf for a zero sketch or a zero mean.
 
     sketches: [B, dim]; norms: [B, 1], their norms; validation_means: [V, dim].
     """
-    units = validation_means / validation_means.norm(dim=1, keepdim=True)
-    return (sketches @ units.T / norms).masked_fill(norms == 0, -torch.inf)
+    lengths = validation_means.norm(dim=1, keepdim=True)  # [V, 1]
+    units = validation_means / lengths
+    return (sketches @ units.T / norms).masked_fill((norms == 0) | (lengths.T == 0), -torch.inf)
 
 
 def reciprocal_rank_fusion(scores, n, c=0.0):
@@ -79,12 +81,14 @@ def trust(norms, halves):
     """How far the mean of a validation set can be trusted, from its sketches alone.
 
     norms: [N]; halves: [2, dim], the sums of the sketches at even and at odd indices. effective_prompts: (sum
-    |g|^2)^2 / sum |g|^4 (Kish 1965), N for equal norms, 1 if one prompt is all that counts.
+    |g|^2)^2 / sum |g|^4 (Kish 1965), N for equal norms, 1 if one prompt is all that counts. All are 0 for a
+    set without a gradient.
     """
     squares, (even, odd) = norms.double().square(), halves.double()
-    return {"effective_prompts": float(squares.sum() ** 2 / squares.square().sum()),
-            "top_five_share": float(squares.sort(descending=True).values[:5].sum() / squares.sum()),
-            "halves_cosine": float(even @ odd / (even.norm() * odd.norm()).clamp(min=1e-30))}
+    found = {"effective_prompts": squares.sum() ** 2 / squares.square().sum(),
+             "top_five_share": squares.sort(descending=True).values[:5].sum() / squares.sum(),
+             "halves_cosine": even @ odd / (even.norm() * odd.norm())}
+    return {name: float(value.nan_to_num(0)) for name, value in found.items()}
 
 
 def select(values, n):
@@ -110,6 +114,7 @@ def select_baseline(method, rewards, n, seed):
 # ---- files ----
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
+    time.sleep(2 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
@@ -193,16 +198,20 @@ def influence(train, validation):
             halves = halves + torch.stack([rows[half::2].sum(0, dtype=torch.float64) for half in (0, 1)])
             norms.append(row_norms[:, 0])
         means.append(halves.sum(0) / len(other))
-        if not means[-1].any():
-            fail(path, "a zero mean gradient", "prompts with unequal rewards", "use other validation prompts")
         trusts[str(path)] = trust(torch.cat(norms), halves)
     means = torch.stack(means).float()  # [V, dim]
+    if not means.any():
+        fail(", ".join(validation), "zero mean gradients", "prompts with unequal rewards",
+             "use other validation prompts, or more responses to them")
     return torch.cat([popi(rows, norms, means) for rows, norms in blocks(sketch, train)]).numpy(), trusts
 
 
 def report(trusts, scores, selected):
     """Adds to each set's trust the share of the selected with a positive cosine; one line per set."""
     for v, (name, found) in enumerate(trusts.items()):
+        if found["effective_prompts"] == 0:
+            print(f"{name}: no prompt with unequal rewards; the other sets alone rank the train prompts")
+            continue
         found["selected_positive"] = float((scores[selected, v] > 0).mean())
         print(f"{name}:", ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
         if found["effective_prompts"] < 10 or found["halves_cosine"] < 0.1:

@@ -15,7 +15,7 @@ Writes  --out        a sketch for each: float32 .npy [N, dim], one row per promp
                      equal (the gradient is zero) and where the prompt is no candidate. A .json of the same
                      name holds what must match before two sketches are compared (format, policy fingerprint,
                      seed, keep, dim, rho_max) and what was seen (prompts, candidates, those of them skipped
-                     for equal rewards, tokens, seconds).
+                     for equal rewards, tokens, seconds, mean and maximum of |log rho|).
 
 One backward pass serves many prompts. sketch_batch runs the forward pass (group_hidden), the backward pass of
 the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
@@ -247,6 +247,7 @@ class Sketcher:
         policy.zero_grad()  # plain autograd reads .grad
         hooked = layers if self.batched else []
         self.hooks = [layer.register_forward_hook(self.after_forward) for layer in hooked]
+        self.log_ratios = []  # (sum, maximum) of |log rho| over the tokens of each pass of sketch_batch
         self.calls = {}  # layer -> [(input, gradient at the output)] of its calls: prompts, responses
 
     def after_forward(self, layer, inputs, output):
@@ -311,6 +312,8 @@ def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, tempera
             logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
             logp = token_logprobs(logits, targets[some], mask[some])
             off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k, rho_max).backward()
+            log_ratio = ((logp.detach() - beta[some]) * mask[some]).abs()
+            sketcher.log_ratios.append(torch.stack([log_ratio.sum(), log_ratio.max()]))
     hidden.backward(leaf.grad)
     sketcher.add_autograd(sums)  # where batched, there is nothing: the hooks have filled the sums
     return projection.sketches(sums)
@@ -374,6 +377,7 @@ def fingerprint(policy):
 # ---- batches, files, ranks ----
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
+    time.sleep(2 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
@@ -450,21 +454,26 @@ def run_batches(work, plan, out, settings):
 
 
 def sketch_prompts(sketcher, rollouts, rho_max, micro_batch):
-    """g~ [b, dim] of the prompts of a micro-batch, in passes over `rows` of the K responses to each."""
-    (batch, rows), sketch = micro_batch, 0
-    if len(batch) > 1 and not sketcher.batched:
-        return torch.cat([sketch_prompts(sketcher, rollouts, rho_max, ([i], rows)) for i in batch])
-    prompts, advantages = [rollouts["prompts"][i] for i in batch], group_advantage(rollouts["rewards"][batch])
-    k = advantages.shape[1]
-    for first in range(0, k, rows):
-        end, responses, logprobs = min(first + rows, k), [], []
-        for i in batch:
-            responses += rollouts["responses"][i * k + first:i * k + end]
-            logprobs += rollouts["logprobs"][i * k + first:i * k + end]
-        sketch = sketch + sketch_batch(sketcher, prompts, responses, logprobs,
-                                       advantages[:, first:end].flatten(), k, rollouts["meta"]["temperature"],
-                                       rho_max)
-    return sketch.cpu()
+    """g~ [b, dim] of the prompts of a micro-batch, in passes over `rows` of the K responses to each.
+
+    Returns them with the sum and the maximum of |log rho| over the tokens.
+    """
+    (prompts, rows), sketches, sketcher.log_ratios = micro_batch, [], []
+    for batch in [prompts] if sketcher.batched else [[i] for i in prompts]:
+        tokens, sketch = [rollouts["prompts"][i] for i in batch], 0
+        advantages = group_advantage(rollouts["rewards"][batch])  # [b, K]
+        k = advantages.shape[1]
+        for first in range(0, k, rows):
+            end, responses, logprobs = min(first + rows, k), [], []
+            for i in batch:
+                responses += rollouts["responses"][i * k + first:i * k + end]
+                logprobs += rollouts["logprobs"][i * k + first:i * k + end]
+            sketch = sketch + sketch_batch(sketcher, tokens, responses, logprobs,
+                                           advantages[:, first:end].flatten(), k,
+                                           rollouts["meta"]["temperature"], rho_max)
+        sketches.append(sketch.cpu())
+    sums, maxima = torch.stack(sketcher.log_ratios).cpu().T
+    return torch.cat(sketches), float(sums.sum()), float(maxima.max())
 
 
 def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
@@ -479,9 +488,6 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     candidates = order[:int(share * n)].sort().values
     rewards = rollouts["rewards"][candidates]
     varied = candidates[(rewards != rewards[:, :1]).any(1)].tolist()
-    if not varied:
-        fail(path, f"K = {k} and no prompt with unequal rewards", "K >= 2 and prompts with unequal rewards",
-             "collect more responses, or other prompts")
     longest = lengths.amax(1).tolist()
     plan = plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in varied}, k, batch_tokens)
     with open(path, "rb") as file:
@@ -490,22 +496,32 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     parts = run_batches(work, plan, out, settings)
     if RANK > 0:
         return
+    log_ratios = [(0.0, 0.0)]  # (sum, maximum) of each part
     with replacing(out) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (n, identity["dim"])}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         file.truncate(start + n * identity["dim"] * 4)  # rows of skipped prompts stay zero
         for (batch, _), part in zip(plan, parts):
-            for prompt, row in zip(batch, torch.load(part, weights_only=True).numpy()):
+            sketches, *log_ratio = torch.load(part, weights_only=True)
+            log_ratios.append(log_ratio)
+            for prompt, row in zip(batch, sketches.numpy()):
                 file.seek(start + prompt * row.nbytes)
                 file.write(row)
+    sums, maxima = zip(*log_ratios)
+    tokens = int(lengths[varied].sum())
     sidecar = {**identity, "prompts": n, "candidates": len(candidates),
-               "skipped": len(candidates) - len(varied),
-               "seconds": round(time.perf_counter() - began, 2), "tokens": int(lengths[varied].sum())}
+               "skipped": len(candidates) - len(varied), "tokens": tokens,
+               "log_ratio_mean": sum(sums) / max(1, tokens), "log_ratio_max": max(maxima),
+               "seconds": round(time.perf_counter() - began, 2)}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
     print(f"{out}: {n} prompts, {len(candidates)} candidates, {sidecar['skipped']} of them skipped for equal "
           f"rewards, {sidecar['seconds']} s")
+    mean = sidecar["log_ratio_mean"]
+    if mean > 0.05 and sketcher.policy.name_or_path == rollouts["meta"]["model"]:
+        print(f"sketch.py: warning: {path}: mean |log rho| is {mean:.3f} although --model sampled it; "
+              "the engine rounds differently: use --dtype float32, or --engine hf", file=sys.stderr)
 
 
 # ---- the command line ----
@@ -535,8 +551,14 @@ def main():
         fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    flat = []  # files without a gradient; bad input is refused before any work
     for path in args.rollouts:
-        load_rollouts(path)  # so that bad input is refused before any work
+        rewards = load_rollouts(path)["rewards"]
+        if (rewards == rewards[:, :1]).all():
+            flat.append(path)
+    if args.rollouts[0] in flat or flat and flat == args.rollouts[1:]:
+        fail(", ".join(map(str, flat)), f"K = {rewards.shape[1]} and no prompt with unequal rewards",
+             "prompts with right and wrong responses", "collect more responses, or other prompts")
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""

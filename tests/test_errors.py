@@ -4,11 +4,13 @@ import importlib.util
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 
 import collect
 import plot
@@ -180,6 +182,24 @@ def test_no_prompt_with_a_variance(files, refuses, tmp_path):
             names=flat, says="no prompt with unequal rewards")
     refuses(score, "--method", "passrate", "--rollouts", flat,
             names=flat, says="no prompt with a reward variance")
+
+
+def test_no_validation_set_with_a_variance(files, call, tmp_path, monkeypatch):
+    """It is refused before the model is loaded: the train prompts are not sketched in vain."""
+    flat = altered_rollouts(files["rollouts"], tmp_path, rewards=torch.ones(120, 6))
+    monkeypatch.setattr(sketch, "load_policy", None)
+    code, out, err = call(sketch, "--model", files["base"], "--rollouts", files["rollouts"], flat,
+                          "--out", tmp_path / "a.npy", tmp_path / "b.npy")
+    assert code == 2 and not out and err.count("\n") == 1
+    assert f"{flat}: found K = 6 and no prompt with unequal rewards" in err
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_ranks_report_an_error_once(files, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, ROOT / "sketch.py", "--model", files["base"], "--rollouts",
+                           tmp_path / "none.pt", "--out", tmp_path / "a.npy"], capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("sketch.py: error: ") == 1
 
 
 @pytest.mark.parametrize("text, says", [

@@ -1,11 +1,12 @@
 """sketch.py's off-policy gradient against plain autograd in float64, one token at a time."""
 
 import copy
+import json
 import math
 
 import pytest
 import torch
-from conftest import tiny_qwen
+from conftest import group_logprobs, tiny_qwen
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.pytorch_utils import Conv1D
@@ -294,3 +295,29 @@ def test_bfloat16_policy_has_float32_gradients():
     exact = gradients(policy, [0, 1, 2, 3, 4])
     found = gradients(tiny_qwen(tied=True).bfloat16(), [0, 1, 2, 3, 4])
     assert found.dtype == torch.float32 and (torch.cosine_similarity(found, exact) > 0.99).all()
+
+
+def test_sidecar_has_the_log_ratios(micro_run, world, tmp_path, call):
+    """Mean and maximum of |log rho|; a warning where the model that sampled has other log-probs now."""
+    path, out = micro_run[0] / "rollouts/val_sort.pt", tmp_path / "s.npy"
+    rollouts, k = sketch.load_rollouts(path), 6
+    policy = sketch.load_policy(str(micro_run[0] / "cropi/phase-0/policy"), "cpu", "float32")
+    expected = []
+    for i in (rollouts["rewards"].std(1) > 0).nonzero()[:, 0].tolist():
+        rows = slice(i * k, (i + 1) * k)
+        logp, mask = group_logprobs(policy, [rollouts["prompts"][i]], rollouts["responses"][rows], 1.0)
+        expected.append((logp[mask] - torch.cat(rollouts["logprobs"][rows])).abs())
+    expected = torch.cat(expected)
+    base, trained = str(world / "base"), policy.name_or_path
+    shifted = torch.load(path, weights_only=True)
+    assert shifted["meta"]["model"] == base
+    torch.save({**shifted, "logprobs": shifted["logprobs"] - 0.1}, tmp_path / "shifted.pt")
+    for model, source, mean, maximum, warned in (
+            (trained, path, float(expected.mean()), float(expected.max()), False),
+            (base, path, 0, 0, False), (base, tmp_path / "shifted.pt", 0.1, 0.1, True)):
+        code, _, err = call(sketch, "--model", model, "--rollouts", source, "--out", out, "--dim", 64)
+        sidecar = json.loads(out.with_suffix(".json").read_text())
+        assert code == 0 and sidecar["log_ratio_mean"] == pytest.approx(mean, rel=1e-3, abs=1e-5)
+        assert sidecar["log_ratio_max"] == pytest.approx(maximum, rel=1e-3, abs=1e-4)
+        assert ("warning" in err and "mean |log rho| is 0.100" in err) == warned
+    assert expected.mean() > 0.01 and expected.max() > 2 * expected.mean()

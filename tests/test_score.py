@@ -164,6 +164,25 @@ def test_trust_of_hand_made_sketches(tmp_path, call):
         assert f"{vals[v]}: " in out and (f"warning: {vals[v]}:" in err) == (name != "unit")
 
 
+def test_validation_set_without_a_gradient(tmp_path, call):
+    """Its column is -inf, the other set ranks alone; only when no set has a gradient does score.py stop."""
+    rng = np.random.default_rng(0)
+    train = write_sketch(tmp_path / "t.npy", rng.normal(size=(50, 8)))
+    good = write_sketch(tmp_path / "good.npy", rng.normal(size=(20, 8)) + 1)
+    zero = write_sketch(tmp_path / "zero.npy", np.zeros((20, 8)))
+    arguments = ("--train", train, "--alpha", "0.2", "--out", tmp_path / "s.npy", "--val")
+    assert call(score, *arguments, good)[0] == 0
+    alone, scores = np.load(tmp_path / "s.npy"), np.load(tmp_path / "scores.npy")
+    code, out, err = call(score, *arguments, zero, good)
+    assert code == 0 and f"{zero}: no prompt with unequal rewards" in out and str(zero) not in err
+    assert np.load(tmp_path / "s.npy").tolist() == alone.tolist() and len(alone) == 10
+    both = np.load(tmp_path / "scores.npy")
+    assert (both[:, 0] == -np.inf).all() and np.allclose(both[:, 1], scores[:, 0], rtol=1e-5, atol=1e-7)
+    assert json.loads((tmp_path / "scores.json").read_text())[str(zero)]["effective_prompts"] == 0
+    code, _, err = call(score, *arguments, zero, zero)
+    assert code == 2 and "found zero mean gradients" in err and err.count("\n") == 1
+
+
 def test_equal_graded_rewards_are_not_selected(tmp_path, call):
     """A group of eight rewards of 0.1 has no gradient; one of different rewards has."""
     rewards = [[0.1] * 8, [0.1] * 7 + [0.9], [1.0] * 8, [0.5] * 8, [0.2, 0.3] * 4]
