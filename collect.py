@@ -44,6 +44,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -125,6 +126,7 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 
 
 ENGINES = {"hf": sample, "vllm": sample_vllm}
+KV_TOKENS = {"hf": 65536, "vllm": 262144}  # default of --kv-tokens
 
 
 @cache
@@ -306,6 +308,7 @@ def read_prompts(args, tokenizer, sources):
 # ---- batches, files, ranks ----
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
+    time.sleep(2 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
@@ -374,16 +377,17 @@ def flat(lists, dtype):
 
 
 def merge_parts(plan, parts):
-    """The files of sample_batch as one dict, in the order of the prompts."""
-    parts = [torch.load(part, weights_only=True) for part in parts]
+    """The files of sample_batch as one dict, in the order of the prompts. Each tensor is copied once."""
+    parts = [torch.load(part, weights_only=True, mmap=True) for part in parts]
     order = torch.tensor([i for batch in plan for i in batch]).argsort()  # where each prompt is in the parts
-    merged = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    of_prompts = merged["response_lengths"].sum(1).tolist()
-    for name in ("response_tokens", "logprobs"):
-        pieces = merged[name].split(of_prompts)
+    merged = {}
+    for name in parts[0]:
+        pieces = []  # of each prompt
+        for part in parts:
+            ragged = name in ("response_tokens", "logprobs")
+            pieces += part[name].split(part["response_lengths"].sum(1).tolist() if ragged else 1)
         merged[name] = torch.cat([pieces[i] for i in order])
-    merged["rewards"] = merged["rewards"][order]
-    merged["response_lengths"] = merged["response_lengths"][order].flatten()
+    merged["response_lengths"] = merged["response_lengths"].flatten()
     return merged
 
 
@@ -435,7 +439,7 @@ def main():
     parser.add_argument("--instruction", default="", help="text appended to every string prompt")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT examples of each data set")
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="transformers or vLLM (hf)")
-    parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
+    parser.add_argument("--kv-tokens", type=int, help="in the KV cache at once (hf: 65536, vllm: 262144)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled responses (0)")
@@ -445,6 +449,7 @@ def main():
              "k >= 0, temperature > 0, max-new-tokens >= 1", "see --help")
     if len(args.out) not in (1, len(args.data)):
         fail("--out", f"{len(args.out)} names", f"1 or {len(args.data)}", "name one for each of --data")
+    args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
     if args.verifier not in ("exact", "math"):
         load_function(args.verifier)  # fails early
     transformers.utils.logging.set_verbosity_error()
@@ -461,6 +466,7 @@ def main():
         policy = load_policy(args.model, args.device if args.engine == "hf" else "cpu", args.dtype)
         policy_fingerprint = fingerprint(policy)
         if args.engine == "vllm":
+            policy = None  # freed before vLLM starts
             longest = max(len(prompt) for prompts, *_ in read for prompt in prompts)
             policy = load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
     for sources, examples, out in zip(pools, read, args.out):

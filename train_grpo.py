@@ -34,12 +34,13 @@ The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or kille
 from the last checkpoint (--save-every) and, with the same number of threads, ends with the same bytes: random
 numbers depend on (seed, step, place in the batch) only. --dtype bfloat16 is mixed precision: weights and
 AdamW's state stay float32. Under torchrun, FSDP2 shards weights, gradients and AdamW's state, and each rank
-samples its share of the prompts; a run with another number of ranks can resume it.
+samples its share of the prompts; a run with another number of ranks can resume it. torchrun kills ranks 30 s
+after Ctrl-C, before a longer step has ended, unless --shutdown_timeout is larger.
 
     python train_grpo.py --model runs/toy/world/base --rollouts train.pt --select selected.npy --out policy \\
         --eval test.pt --steps 30 --batch-size 64 --lr 1e-4
-    torchrun --nproc_per_node 8 train_grpo.py --model MODEL --rollouts train.pt --select selected.npy \\
-        --out policy --steps 100 --dtype bfloat16
+    torchrun --nproc_per_node 8 --shutdown_timeout 1800 train_grpo.py --model MODEL --rollouts train.pt \\
+        --select selected.npy --out policy --steps 100 --dtype bfloat16
 """
 
 import argparse
@@ -75,6 +76,7 @@ ROUNDS = 10  # of dynamic sampling per step, at most
 LOGITS = 2**25  # logits in memory at once, at least one response's
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
+SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # back from there
 
 
 # ---- the equations ----
@@ -267,19 +269,24 @@ def check_forward(policy):
 
 def build_policy(name, args):
     """The policy or the reference, in float32: sharded by FSDP2 under torchrun, otherwise under autocast."""
-    device = args.device if WORLD == 1 else "cpu"  # a GPU may have room for shards only
-    policy = load_policy(name, device, "float32")
-    check_forward(policy)
     if WORLD == 1:  # mixed precision: an update of 1e-6 would be rounded away in bfloat16 weights
+        policy = load_policy(name, args.device, "float32")
+        check_forward(policy)
         for module in (policy, policy.base_model, policy.get_output_embeddings()):
             autocast = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
             module.forward = autocast(module.forward)
         return policy
-    policy.forward = policy.base_model.forward  # what FSDP gathers the weights for
     precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32)
     mesh = torch.distributed.init_device_mesh(torch.device(args.device).type, (WORLD,))
-    for module in [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)] + [policy]:
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+    for rank in range(WORLD):  # one after the other: the host holds one whole copy at a time
+        if rank == RANK:
+            policy = load_policy(name, "cpu", "float32")  # a GPU may have room for shards only
+            check_forward(policy)
+            policy.forward = policy.base_model.forward  # what FSDP gathers the weights for
+            layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+            for module in [*layers, policy]:
+                fully_shard(module, mesh=mesh, mp_policy=precision)
+        torch.distributed.barrier()
     return policy
 
 
@@ -378,6 +385,7 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 
 
 ENGINES = {"hf": sample, "vllm": sample_vllm}
+KV_TOKENS = {"hf": 65536, "vllm": 262144}  # default of --kv-tokens
 
 
 @cache
@@ -490,6 +498,17 @@ def pack_output_layer(model):
         head.quant_method.process_weights_after_loading(head)
 
 
+def check_sampler(difference, first):
+    """Stops if the sampler's log-probs are not the policy's (other weights); warns in the first step."""
+    found = f"log-probs that differ from the policy's by {difference:.3f} per token in the mean"
+    if RANK == 0 and difference > 0.5:
+        fail("the sampler", found, "at most 0.5", "its weights were not updated; try --engine hf")
+    if RANK == 0 and difference > 0.1 and first:
+        print(f"train_grpo.py: warning: the sampler has {found}; try --dtype float32", file=sys.stderr)
+    if difference > 0.5:
+        sys.exit(2)
+
+
 def evaluate(sampler, tests, args):
     """{"eval": {test set: {"mean": accuracy at --eval-temperature, "greedy": greedy accuracy}}}."""
     results = {}
@@ -546,6 +565,7 @@ def sample_groups(sampler, rollouts, selected, position, step, args):
 # ---- files and ranks ----
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
+    time.sleep(2 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
@@ -634,8 +654,8 @@ class Checkpoint:
     def restore(self, policy, optimizer):
         """Loads this run's checkpoint, if there is one, or else the state of --optimizer.
 
-        Returns the state: step (over all phases), done (steps of this run), position (in the order of
-        prompts) and metrics (of this run).
+        Returns step (over all phases), done (steps of this run), position (in the order of prompts) and
+        metrics (of this run).
         """
         self.lock = lock_folder(self.part, self.out)
         state, path = {"step": 0, "done": 0, "position": 0, "metrics": []}, self.args.optimizer
@@ -644,20 +664,20 @@ class Checkpoint:
             path = self.part / "checkpoint.pt"
         try:
             if path:
-                state |= torch.load(path, weights_only=True)
-                states.set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=WHOLE)
+                state |= torch.load(path, weights_only=True, mmap=True)  # nothing is read yet
+                states.set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=SHARDS)
             if "weights" in state:
-                states.set_model_state_dict(policy, state.pop("weights"), options=WHOLE)
+                states.set_model_state_dict(policy, state.pop("weights"), options=SHARDS)
         except Exception as error:  # missing, damaged, or of another model
             fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
         for group in optimizer.param_groups:
             group.update(optimizer.defaults)  # use this run's learning rate; loading turns tuples into lists
         if RANK == 0:
             (self.part / "args.json").write_text(json.dumps(self.settings))
-        return state
+        return [state[name] for name in ("step", "done", "position", "metrics")]
 
     def save(self, policy, optimizer, **state):
-        """Writes the checkpoint to resume from. state: as `restore` returns it."""
+        """Writes the checkpoint to resume from. state: what `restore` returns, by name."""
         state["weights"], state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
         if RANK == 0:
             torch.save(state, self.part / "new.pt")
@@ -746,12 +766,13 @@ def parse_arguments():
     parser.add_argument("--eval-samples", type=int, default=4, help="responses per test prompt (4)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (50)")
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="transformers or vLLM (hf)")
-    parser.add_argument("--kv-tokens", type=int, default=65536, help="tokens in the KV cache at once (65536)")
+    parser.add_argument("--kv-tokens", type=int, help="in the KV cache at once (hf: 65536, vllm: 262144)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of arithmetic")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
+    args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
     if args.group < 2:
         fail("--group", args.group, "at least 2", "std R needs two responses")
     if len({Path(path).stem for path in args.eval}) < len(args.eval):
@@ -799,8 +820,7 @@ def main():
     policy = build_policy(args.model, args)
     reference = build_policy(args.ref or args.model, args) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
-    state = checkpoint.restore(policy, optimizer)
-    step, done, position, metrics = (state[name] for name in ("step", "done", "position", "metrics"))
+    step, done, position, metrics = checkpoint.restore(policy, optimizer)
 
     sampler.update(policy)
     if step == 0:
@@ -814,6 +834,7 @@ def main():
         row["sampling_seconds"] = time.perf_counter() - began
         sampler.sleep()
         row |= grpo_step(policy, reference, optimizer, *groups, args)
+        check_sampler(row["sampling_logp_difference"], done == 0)
         sampler.update(policy)
         step, done, seconds = step + 1, done + 1, seconds + time.perf_counter() - began
         if done == args.steps or step % args.eval_every == 0:

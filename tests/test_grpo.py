@@ -277,3 +277,22 @@ def test_temperatures(micro_run, world, tmp_path, call):
     result = rows["apart"][0]["eval"]["targeted"]
     assert result["mean"] == result["greedy"] == rows["follows"][0]["eval"]["targeted"]["greedy"]
     assert rows["follows"][0]["eval"]["targeted"]["mean"] != result["mean"]
+
+
+@pytest.mark.parametrize("shift, code, says", [(0.05, 0, ""), (-0.3, 0, "warning: the sampler has log-probs"),
+                                               (0.7, 2, "error: the sampler: found log-probs")])
+def test_sampler_with_other_log_probs(shift, code, says, micro_run, world, tmp_path, call, monkeypatch):
+    """Above 0.1 nats per token it is warned of once, above 0.5 the run stops before it writes a policy."""
+    original = train_grpo.sample
+
+    def shifted(*arguments):
+        responses, logprobs = original(*arguments)
+        return responses, [[x + shift for x in row] for row in logprobs]
+
+    monkeypatch.setitem(train_grpo.ENGINES, "hf", shifted)
+    run = micro_run[0]
+    found, _, err = call(train_grpo, "--model", world / "base", "--rollouts", run / "rollouts/train.pt",
+                         "--select", run / "cropi/phase-0/selected.npy", "--steps", 2, "--batch-size", 2,
+                         "--group", 2, "--out", tmp_path / "policy")
+    assert found == code and err.count("train_grpo.py: ") == bool(says) and says in err
+    assert (tmp_path / "policy").exists() == (code == 0)
