@@ -42,7 +42,7 @@ fi
 RUN=${RUN:-runs/$(basename "$MODEL")} # output folder
 BASELINE=${BASELINE:-}
 TRAIN=${TRAIN:-}                      # train prompts: .jsonl or .parquet files, or hub data sets
-                                      # name[:config[:split]], separated by spaces
+                                      # name[:config[:split]], separated by spaces; no path has a space
 VAL=${VAL:-}                          # validation sets: name=source pairs, separated by spaces
 TEST=${TEST:-}                        # test sets, in the same form; may be empty
 PROMPT_KEY=${PROMPT_KEY:-prompt question problem}    # prompt column: the first one in the data
@@ -74,7 +74,8 @@ EVAL_EVERY=${EVAL_EVERY:-10}          # steps between evaluations
 EVAL_SAMPLES=${EVAL_SAMPLES:-4}       # sampled responses per test prompt
 SAVE_EVERY=${SAVE_EVERY:-50}          # steps between checkpoints within a phase
 ENGINE=${ENGINE:-}                    # sampler, hf (transformers) or vllm; empty: vllm on a GPU, else hf
-KV_TOKENS=${KV_TOKENS:-65536}         # tokens in each rank's KV cache; lower it if sampling is out of memory
+KV_TOKENS=${KV_TOKENS:-}              # tokens in each rank's KV cache; lower it if sampling is out of memory;
+                                      # empty: 65536 with ENGINE=hf, 262144 with vllm
 BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens per micro-batch; lower it if gradients run out of memory
 DTYPE=${DTYPE:-float32}               # float32 or bfloat16; training keeps float32 weights in both cases
 NPROC=${NPROC:-1}                     # ranks (GPUs) on this machine; more than 1 uses torchrun
@@ -85,8 +86,11 @@ PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .
 . ./setup.sh
 ENGINE=${ENGINE:-${GPU:+vllm}} ENGINE=${ENGINE:-hf}
 
-launch=("$PYTHON")
-[ "$NPROC" -eq 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+set -f # sources such as train[:-100] are no patterns
+
+launch=("$PYTHON") # on Ctrl-C a rank finishes its step and saves a checkpoint before it is killed
+[ "$NPROC" -eq 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC"
+    --shutdown_timeout 1800)
 
 now() { "$PYTHON" -c 'import time; print(time.time())'; }
 
@@ -157,7 +161,7 @@ collect() { # NAME K ARGUMENT...
     stage "$ROLLOUTS" "$name" "${launch[@]}" collect.py --model "$MODEL" --k "$k" \
         --temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" \
         --prompt-key $PROMPT_KEY --answer-key $ANSWER_KEY --instruction "$INSTRUCTION" \
-        --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --dtype "$DTYPE" --seed "$SEED" "$@"
+        --engine "$ENGINE" ${KV_TOKENS:+--kv-tokens "$KV_TOKENS"} --dtype "$DTYPE" --seed "$SEED" "$@"
 }
 
 val_sources=() val_names=() val_rollouts=() test_sources=() tests=()
@@ -168,6 +172,8 @@ done
 for pair in $TEST; do
     test_sources+=("${pair#*=}") tests+=("$ROLLOUTS/${pair%%=*}.pt")
 done
+twice=$(printf '%s\n' "$ROLLOUTS/train.pt" "${val_rollouts[@]}" ${tests[@]+"${tests[@]}"} | sort | uniq -d)
+[ -z "$twice" ] || die "VAL, TEST: two sets for the file" $twice "; expected different names; rename one"
 collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
 collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
 [ -z "$TEST" ] || collect test 0 --data "${test_sources[@]}" --out "${tests[@]}"
@@ -210,7 +216,7 @@ run_method() { # METHOD
             --rollouts "$ROLLOUTS/train.pt" --select "$phase/selected.npy" --out "$phase/policy" \
             --steps "$STEPS" --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" \
             --eval-every "$EVAL_EVERY" --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" \
-            --engine "$ENGINE" --kv-tokens "$KV_TOKENS" --batch-tokens "$BATCH_TOKENS" \
+            --engine "$ENGINE" ${KV_TOKENS:+--kv-tokens "$KV_TOKENS"} --batch-tokens "$BATCH_TOKENS" \
             --dtype "$DTYPE" --seed "$SEED" --entropy-coef "$ENTROPY_COEF" --verifier "$VERIFIER" \
             --train-temperature "$TRAIN_TEMPERATURE" --eval-temperature "$EVAL_TEMPERATURE" \
             ${dapo[@]+"${dapo[@]}"} ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}

@@ -147,6 +147,24 @@ def test_dry_run_prints_every_command_and_writes_nothing(preset, tmp_path):
     assert len(dapo) == 1 and {"--dynamic-sampling", "--token-mean"} < set(dapo[0])
 
 
+def test_sources_arrive_as_they_are_and_names_are_unique(tmp_path):
+    """A slice of a hub data set is not a pattern, even where a file matches it."""
+    (tmp_path / "set:train[1]").touch()
+    (tmp_path / "set:train1").touch()
+    knobs = {"DRY_RUN": "1", "MODEL": "m", "TRAIN": f"{tmp_path}/set:train[1]", "VAL": "a=a.jsonl b=b.jsonl"}
+
+    def loop(**more):
+        return subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
+                              env={**os.environ, **knobs, **more})
+
+    assert f"--data {tmp_path}/set:train\\[1\\] " in loop().stdout
+    for more in ({"TEST": "t=t.jsonl t=u.jsonl"}, {"VAL": "a=a.jsonl a=b.jsonl"}, {"TEST": "val_a=t.jsonl"},
+                 {"TEST": "train=t.jsonl"}):
+        done = loop(**more)
+        assert done.returncode == 2 and "expected different names" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_candidates_below_alpha_are_refused(tmp_path):
     for candidates, refused in (("0.05", True), ("1.5", True), ("0.1", False), ("1/2", False)):
         done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
