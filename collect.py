@@ -415,8 +415,11 @@ def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples,
                     "answers": answers, "families": families, "meta": meta}, file)
     rewards = merged["rewards"]
     varied = (rewards != rewards[:, :1]).any(1).float().mean()  # those that have a gradient in sketch.py
-    summary = f"; mean reward {rewards.mean():.3f}, {varied:.0%} of prompts with unequal rewards" if k else ""
-    print(f"{out}: {len(prompts)} prompts x {k} responses, {len(merged['response_tokens'])} tokens{summary}")
+    summary = f"{out}: {len(prompts)} prompts"
+    if k:
+        summary += (f" x {k} responses, {len(merged['response_tokens'])} tokens; mean reward "
+                    f"{rewards.mean():.3f}, {varied:.0%} of prompts with unequal rewards")
+    print(summary)
 
 
 # ---- the command line ----

@@ -10,7 +10,8 @@ Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps, seconds
         OUT/selected.png   the selection of each phase by family (if the data has families) and by pass rate
                            under beta.
 Prints  a table: method, phase, prompts selected, selection seconds, training seconds, accuracy at the end of
-        the phase.
+        the phase; how many steps each method needs to the smoothed accuracy on the first test set at which
+        full data ends; and the prompts that the last method selected first, as text.
 
     python plot.py runs/toy/full runs/toy/cropi --out runs/toy
 """
@@ -28,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "dapo": "#8e44ad",
           "random": "#95a5a6", "passrate": "#2980b9", "learnability": "#27ae60"}
@@ -88,6 +90,25 @@ def curve(run):
                     tests.setdefault(test, []).append((result["mean"], result["greedy"]))
         spent += phase["rows"][-1]["seconds"]
     return np.array(x).T, {test: np.array(values).T for test, values in tests.items()}
+
+
+def smoothed(accuracy):
+    """Averages each value with its neighbours; the first and the last value have only one neighbour."""
+    padded = np.pad(np.asarray(accuracy, float), 1, constant_values=np.nan)
+    return np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
+
+
+def crossing(x, y, level):
+    """The x at which the curve through the points (x, y) first reaches `level`; infinity if it never does.
+
+    >>> crossing([0, 10, 20], [0.1, 0.3, 0.2], 0.2)
+    5.0
+    """
+    above = np.flatnonzero(np.asarray(y) >= level)
+    if len(above) == 0:
+        return float("inf")
+    i = above[0]
+    return float(x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
 
 
 def plot_accuracy(runs, path):
@@ -199,6 +220,35 @@ def print_table(runs):
         print(f"{run['method']:<13}collection {run['collection']:.1f} s")
 
 
+def print_headline(runs):
+    """Steps and seconds to the smoothed final accuracy of full data, on the first test set."""
+    curves = {run["method"]: curve(run) for run in runs}
+    if "full" not in curves or not curves["full"][1]:
+        return
+    test = next(iter(curves["full"][1]))
+    level = smoothed(curves["full"][1][test][0])[-1]
+    print(f"\nFull data ends at {level:.3f} on {test} (smoothed). To reach it:")
+    for method, (x, tests) in curves.items():
+        steps, seconds = (crossing(axis, smoothed(tests[test][0]), level) for axis in x[:2])
+        reached = f"{steps:.0f} steps, {seconds:.0f} s" if np.isfinite(steps) else "not reached"
+        print(f"{method:<13} {reached}")
+
+
+def print_prompts(folder, run):
+    """The three prompts that were selected first, in the first and in the last phase, as text."""
+    try:
+        rollouts = torch.load(folder.parent / "rollouts/train.pt", weights_only=True, mmap=True)
+        prompts = rollouts["prompt_tokens"].split(rollouts["prompt_lengths"].tolist())
+        tokenizer = AutoTokenizer.from_pretrained(rollouts["meta"]["model"])
+    except (OSError, ValueError):  # the base policy was moved
+        return
+    for m in {0, len(run["phases"]) - 1}:
+        print(f"\nSelected first by {run['method']} in phase {m}:")
+        for i in run["phases"][m]["selected"][:3]:
+            text = " ".join(tokenizer.decode(prompts[i]).split())
+            print(f"  {text[:200]}  (answer {rollouts['answers'][i][:40]})")
+
+
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
@@ -208,6 +258,9 @@ def main():
     runs = [read_run(folder) for folder in args.runs]
     args.out.mkdir(parents=True, exist_ok=True)
     print_table(runs)
+    print_headline(runs)
+    print_prompts(args.runs[-1], runs[-1])
+    print()
     for path in (plot_accuracy(runs, args.out / "accuracy.png"),
                  plot_training(runs, args.out / "training.png"),
                  plot_selected(runs, args.out / "selected.png")):

@@ -94,14 +94,15 @@ launch=("$PYTHON") # on Ctrl-C a rank finishes its step and saves a checkpoint b
 
 now() { "$PYTHON" -c 'import time; print(time.time())'; }
 
-# stage FOLDER NAME COMMAND...: runs a command unless it is done. A command that succeeds is recorded as done
-# in FOLDER/seconds.tsv, with its wall-clock seconds.
+# stage FOLDER NAME COMMAND...: runs a command unless it is done, and adds it to RUN/commands.txt. A command
+# that succeeds is recorded as done in FOLDER/seconds.tsv, with its wall-clock seconds.
 stage() {
     local folder=$1 name=$2 began
     shift 2
-    [ -n "$DRY_RUN" ] || ! grep -q "^$name	" "$folder/seconds.tsv" 2>/dev/null || return 0
-    echo "+$(printf ' %q' "$@")"
-    [ -z "$DRY_RUN" ] || return 0
+    [ -z "$DRY_RUN" ] || { echo "+$(printf ' %q' "$@")" && return 0; }
+    ! grep -q "^$name	" "$folder/seconds.tsv" 2>/dev/null || return 0
+    printf '%q ' "$@" >>"$RUN/commands.txt"
+    echo >>"$RUN/commands.txt"
     mkdir -p "$folder"
     began=$(now)
     "$@"
@@ -146,6 +147,17 @@ if [ -z "$DRY_RUN" ]; then
         die "another run_cropi.sh is running in $RUN; wait until it ends or set RUN to another folder"
 fi
 
+if [ -z "$DRY_RUN" ]; then
+    cat <<END
+CROPI with $MODEL: ${BASELINE:+$BASELINE and }$METHOD
+  $PHASES phases of $STEPS GRPO steps of $BATCH prompts x $GROUP responses
+  stage 1, once: collect $K responses per train prompt and $K_VAL per validation prompt
+  stages 2 to 4, in each phase: sketch, score and select (ALPHA = $ALPHA), train
+  files: $RUN/rollouts and $RUN/METHOD/phase-M; the command of every stage: $RUN/commands.txt
+  disk in each phase: 12 bytes per parameter (policy, AdamW) and $((4 * DIM / 1024)) kB per prompt (sketch)
+END
+fi
+
 if [ -n "$TOY" ]; then
     stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --targeted $TARGETED
 fi
@@ -186,7 +198,7 @@ run_method() { # METHOD
     [ "$method" != dapo ] || dapo=(--dynamic-sampling --token-mean)
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
-        echo "== $method, phase $m =="
+        echo "== $method, phase $m of $PHASES =="
         [ -n "$DRY_RUN" ] || mkdir -p "$phase"
         case $method in
         influence | cropi)
@@ -221,7 +233,17 @@ run_method() { # METHOD
             --train-temperature "$TRAIN_TEMPERATURE" --eval-temperature "$EVAL_TEMPERATURE" \
             ${dapo[@]+"${dapo[@]}"} ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy optimizer=(--optimizer "$phase/policy/optimizer.pt")
+        [ "$m" -gt 0 ] || [ -n "$DRY_RUN" ] || rest "$method"
     done
+}
+
+rest() { # METHOD: says how long its further phases will take; influence selects in the first phase only
+    local repeated=^phase-0-train
+    [ "$1" != cropi ] || repeated=^phase-0-
+    awk -v method="$1" -v n="$((PHASES - 1))" -v repeated="$repeated" \
+        '/^phase-0-/ { took += $2 } $0 ~ repeated { more += n * $2 / 60 }
+        END { printf "%s: phase 0 took %.0f s, the other %d take about %.1f min\n", method, took, n, more }' \
+        "$RUN/$1/seconds.tsv"
 }
 
 folders=()

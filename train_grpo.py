@@ -852,8 +852,8 @@ def main():
         sys.exit(130)
     checkpoint.finish(policy, optimizer, tokenizer, step=step, position=position)
     if RANK == 0:
-        print(f"{args.out}: {done} steps on {len(selected)} prompts, {seconds:.0f} s; "
-              f"{json.dumps(metrics[-1].get('eval', {}))}")
+        accuracies = [f"{test} {found['mean']:.3f}" for test, found in metrics[-1].get("eval", {}).items()]
+        print(f"{args.out}: {done} steps on {len(selected)} prompts, {seconds:.0f} s", *accuracies, sep="; ")
     if WORLD > 1 and args.engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
 

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
 sys.path.insert(0, str(ROOT))
 import plot
+from plot import crossing, smoothed
 
 TESTS = ("targeted", "related", "other")
 AXES = ("steps", "seconds", "tokens")
@@ -75,25 +76,6 @@ def store(folder, path):
               "trust": trusts, "cosines": cosines,
               "accuracy": {test: values[0].round(5).tolist() for test, values in tests.items()}}
     path.write_text(json.dumps(result) + "\n")
-
-
-def smoothed(accuracy):
-    """Averages each value with its neighbours; the first and the last value have only one neighbour."""
-    padded = np.pad(np.asarray(accuracy, float), 1, constant_values=np.nan)
-    return np.nanmean(np.stack([padded[:-2], padded[1:-1], padded[2:]]), axis=0)
-
-
-def crossing(x, y, level):
-    """The x at which the curve through the points (x, y) first reaches `level`; infinity if it never does.
-
-    >>> crossing([0, 10, 20], [0.1, 0.3, 0.2], 0.2)
-    5.0
-    """
-    above = np.flatnonzero(np.asarray(y) >= level)
-    if len(above) == 0:
-        return float("inf")
-    i = above[0]
-    return float(x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
 
 
 def load():

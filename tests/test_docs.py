@@ -1,10 +1,11 @@
-"""The code of docs/integrations.md runs, and does what the page says."""
+"""The code of README.md and docs/ runs and does what the pages say; their links lead somewhere."""
 
 import importlib.util
 import json
 import re
 
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT
 
@@ -16,12 +17,46 @@ def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
 
 
-def test_integrations(world, micro_run, tmp_path, monkeypatch, call):
-    """Samples of the micro run, logged as text, make the rollouts.pt that they came from."""
+def run_blocks(page, code):
+    names = {}
+    for block in code:
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def toy(world, micro_run, tmp_path, monkeypatch):
+    """A working directory in which runs/toy is the micro run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/toy").mkdir(parents=True)
-    for name, folder in (("world", world), ("cropi", micro_run[0] / "cropi")):
+    for name, folder in (("world", world), ("cropi", micro_run[0] / "cropi"),
+                         ("rollouts", micro_run[0] / "rollouts")):
         (tmp_path / "runs/toy" / name).symlink_to(folder)
+
+
+def test_links():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
+
+
+def test_readme(toy, micro_run):
+    names = run_blocks("README.md", blocks("README.md"))
+    ours = np.load(micro_run[0] / "influence/phase-0/train.npy")[:4]
+    assert names["sketches"].shape == (4, 4096)
+    assert (names["sketches"].norm(dim=1) > 0).tolist() == (np.linalg.norm(ours, axis=1) > 0).tolist()
+
+
+def test_readme_is_short():
+    """At most 150 lines, and 1300 words outside tables and code."""
+    text = (ROOT / "README.md").read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    words = [word for line in prose.splitlines() if not line.startswith("|") for word in line.split()]
+    assert text.count("\n") <= 150 and len(words) <= 1300
+
+
+def test_integrations(toy, world, micro_run, call):
+    """Samples of the micro run, logged as text, make the rollouts.pt that they came from."""
     rollouts = sketch.load_rollouts(micro_run[0] / "rollouts/train.pt")
     tokenizer, k = collect.load_tokenizer(world / "base"), rollouts["meta"]["k"]
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in rollouts["responses"]]
@@ -36,9 +71,7 @@ def test_integrations(world, micro_run, tmp_path, monkeypatch, call):
                    "answer": rollouts["answers"][j // k], "reward": rollouts["rewards"].flatten()[j].item()}
             print(json.dumps(row), file=file)
     *code, trl = blocks("docs/integrations.md")
-    names = {}
-    for block in code:
-        exec(compile(block, "docs/integrations.md", "exec"), names)
+    names = run_blocks("docs/integrations.md", code)
 
     logged = sketch.load_rollouts("logged.pt")
     assert torch.equal(logged["rewards"], rollouts["rewards"][kept])
@@ -62,3 +95,13 @@ def test_integrations(world, micro_run, tmp_path, monkeypatch, call):
     if importlib.util.find_spec("trl"):
         exec(compile(trl, "docs/integrations.md", "exec"), names)
         assert collect.load_policy("trl-policy", "cpu", "float32")
+
+
+def test_walkthrough(toy, capsys):
+    names = run_blocks("docs/walkthrough.md", blocks("docs/walkthrough.md"))
+    row = torch.from_numpy(names["train"][names["i"]])
+    assert (names["ours"] - row).norm() < 1e-5 * row.norm()
+    live = names["norms"] > 0
+    np.testing.assert_allclose(names["scores"][live], names["stored"][live], atol=1e-5)
+    out = capsys.readouterr().out
+    assert "the same selection: True" in out and out.count(" solved by beta ") == 10

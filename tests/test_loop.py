@@ -196,7 +196,8 @@ def test_preset_sets_what_the_environment_does_not(tmp_path):
 
     done = loop("presets/qwen2.5-1.5b.sh")
     assert done.returncode == 2 and "collect.py: error: " in done.stderr and done.stderr.count("\n") == 1
-    assert "--k 4 " in done.stdout and r"--instruction \ Please\ reason\ step" in done.stdout
+    command, = (tmp_path / "commands.txt").read_text().splitlines()
+    assert "--k 4 " in command and r"--instruction \ Please\ reason\ step" in command
     lines = (tmp_path / "rollouts/settings.txt").read_text().splitlines()
     found = dict(line.split("=", 1) for line in lines)
     assert found["K"] == "4" and found["K_VAL"] == "32"
