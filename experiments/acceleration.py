@@ -1,8 +1,8 @@
 """Evaluates the runs of experiments/acceleration.sh by the protocol of experiments/README.md.
 
 store RUN FILE    saves a finished run's numbers: settings, evaluations (steps, seconds, tokens, accuracies),
-                  the families selected in each phase, the trust in the validation means and the mean cosine
-                  of targeted prompts, selected before or not. acceleration.sh calls it after each run.
+                  the cost and the properties of each selection, the trust in the validation means and the
+                  mean cosine of targeted prompts, selected before or not. acceleration.sh calls it.
 pilot             reads experiments/results/pilot/*.json; prints by which score c was chosen.
 (nothing)         reads experiments/results/acceleration/*.json; writes acceleration.json and acceleration.png
                   (accuracy against steps, seconds and sampled tokens: mean over the seeds, band from the
@@ -20,7 +20,6 @@ methods, seed by seed (mean, 95% interval by Student's t, per_seed).
 import hashlib
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -35,7 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
 sys.path.insert(0, str(ROOT))
 import plot
+from cost import phase_costs
 from plot import crossing, smoothed
+from selection import properties, selected_properties
 
 TESTS = ("targeted", "related", "other")
 AXES = ("steps", "seconds", "tokens")
@@ -53,8 +54,9 @@ def store(folder, path):
     for file in (folder.parent / "rollouts/settings.txt", folder / "settings.txt"):
         for line in file.read_text().splitlines():
             settings[line.partition("=")[0]] = line.partition("=")[2]
-    families = [Counter(np.array(run["families"])[phase["selected"]].tolist()) for phase in run["phases"]]
-    targeted = np.isin(run["families"], [pair.partition("=")[0] for pair in settings["VAL"].split()])
+    rollouts = torch.load(folder.parent / "rollouts/train.pt", weights_only=True, mmap=True)
+    names = [pair.partition("=")[0] for pair in settings["VAL"].split()]
+    targeted = np.isin(run["families"], names)
     trusts, cosines, trained = [], [], np.zeros(len(targeted), bool)
     for m, phase in enumerate(run["phases"]):
         if (folder / f"phase-{m}/scores.json").exists():
@@ -72,10 +74,21 @@ def store(folder, path):
               "transformers": transformers.__version__, "threads": torch.get_num_threads(),
               **dict(zip(AXES, x.round(2).tolist())), "collection": round(run["collection"], 2),
               "selection": [phase["selection"] for phase in run["phases"]],
-              "selected_families": families, "pool_families": Counter(run["families"]),
+              "cost": phase_costs(folder) if folder.name == "cropi" else None,
+              "pool": properties(rollouts, np.arange(len(targeted)), names),
+              "selected": selected_properties(rollouts, [p["selected"] for p in run["phases"]], names),
               "trust": trusts, "cosines": cosines,
               "accuracy": {test: values[0].round(5).tolist() for test, values in tests.items()}}
-    path.write_text(json.dumps(result) + "\n")
+    path.write_text(json.dumps(rounded(result)) + "\n")
+
+
+def rounded(value):
+    """A nested result with floats of five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def load():

@@ -1,7 +1,7 @@
 """Claim 4, cost: seconds per phase of CROPI, by part. (The paper: 2776 s of selection, 3584 s of training.)
 
-Reads the CROPI runs of experiments/acceleration.sh. Selection is the wall-clock time of its processes;
-training excludes evaluation.
+Reads what experiments/acceleration.sh has stored of the CROPI runs. Selection is the wall-clock time of its
+processes; training excludes evaluation.
 
     python experiments/cost.py           writes experiments/results/cost.json and cost.png, prints the table
     python experiments/cost.py plot      redraws the figure from the JSON
@@ -19,37 +19,43 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
+sys.path.insert(0, str(ROOT))
+import plot
+
 PARTS = ("sketch: start-up and trial", "sketch: train prompts", "sketch: validation prompts", "score",
          "train: sampling", "train: updates", "start-up and evaluation, not counted")
 PAPER = {"selection": 2776, "training": 3584, "total": 6360}
 
 
+def phase_costs(folder):
+    """Seconds of each phase of a finished CROPI run RUN/cropi, in the order of PARTS."""
+    seconds, rows = plot.read_seconds(folder / "seconds.tsv"), []
+    for m in range(len(list(folder.glob("phase-*")))):
+        phase = folder / f"phase-{m}"
+        sketched = {path.stem: json.loads(path.read_text())["seconds"]
+                    for path in [phase / "train.json", *phase.glob("val_*.json")]}
+        steps = [json.loads(line) for line in (phase / "policy/metrics.jsonl").read_text().splitlines()]
+        sampling = sum(step.get("sampling_seconds", 0) for step in steps)
+        train = sketched.pop("train")
+        val = sum(sketched.values())
+        rows.append([seconds[f"phase-{m}-sketch"] - train - val, train, val, seconds[f"phase-{m}-score"],
+                     sampling, steps[-1]["seconds"] - sampling,
+                     seconds[f"phase-{m}-train"] - steps[-1]["seconds"]])
+    return [[round(value, 2) for value in row] for row in rows]
+
+
 def measure():
-    rows, collection = [], []
-    for run in sorted((ROOT / "runs/acceleration").glob("seed-*")):
-        seconds = {}
-        for file in ("rollouts", "cropi"):
-            for line in (run / file / "seconds.tsv").read_text().splitlines():
-                name, value = line.split("\t")
-                seconds[name] = float(value)
-        collection.append(seconds["train"] + seconds["val"])
-        for m, phase in enumerate(sorted((run / "cropi").glob("phase-*"))):
-            sketched = {name: json.loads((phase / f"{name}.json").read_text())["seconds"]
-                        for name in ("train", "val_sort", "val_dbl")}
-            steps = [json.loads(line) for line in (phase / "policy/metrics.jsonl").read_text().splitlines()]
-            sampling = sum(step.get("sampling_seconds", 0) for step in steps)
-            rows.append([seconds[f"phase-{m}-sketch"] - sum(sketched.values()), sketched["train"],
-                         sketched["val_sort"] + sketched["val_dbl"], seconds[f"phase-{m}-score"], sampling,
-                         steps[-1]["seconds"] - sampling, seconds[f"phase-{m}-train"] - steps[-1]["seconds"]])
-    rows = np.array(rows)  # [seeds x phases, parts]
+    runs = [json.loads(path.read_text())
+            for path in sorted((RESULTS / "acceleration").glob("seed-*-cropi.json"))]
+    rows = np.array([row for run in runs for row in run["cost"]])  # [seeds x phases, parts]
     totals = {"selection": rows[:, :4].sum(1), "training": rows[:, 4:6].sum(1), "total": rows[:, :6].sum(1)}
     spread = {}
     for name, values in [*totals.items(), *zip(PARTS, rows.T)]:
         spread[name] = {"mean": round(float(values.mean()), 2), "min": round(float(values.min()), 2),
                         "max": round(float(values.max()), 2)}
-    return {"command": "python experiments/cost.py", "seeds": len(collection), "phases": len(rows),
-            "steps_a_phase": steps[-1]["step"] // (m + 1), "one_phase": spread,
-            "collection_once": round(float(np.mean(collection)), 2), "paper": PAPER}
+    return {"command": "python experiments/cost.py", "seeds": len(runs), "phases": len(rows),
+            "steps_per_phase": runs[0]["steps"][-1] // len(runs[0]["cost"]), "one_phase": spread,
+            "collection_once": round(float(np.mean([run["collection"] for run in runs])), 2), "paper": PAPER}
 
 
 def draw(result, path):

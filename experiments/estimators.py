@@ -76,8 +76,14 @@ def main():
             out = phase / f"fresh-{Path(arguments[place]).name}"
             sample(model, meta["data"], out, meta["k"], meta, seed)
             arguments[place] = str(out)
-    else:
-        sketch.off_policy_surrogate = SURROGATES[estimator]
+    make_sketcher = sketch.make_sketcher
+
+    def make(policy, projection):
+        sketcher = make_sketcher(policy, projection)  # its trial is of the equation
+        sketch.off_policy_surrogate = SURROGATES.get(estimator, EQUATION)
+        return sketcher
+
+    sketch.make_sketcher = make
     sketch.main()
 
 

@@ -32,11 +32,11 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
-TARGETED, KIND, SEEDS = ("sort", "dbl"), "chain_sum", range(1)
+KIND, SEEDS = "chain_sum", range(1)
 
 
-def properties(rollouts, which):
-    """Statistics of the prompts `which`."""
+def properties(rollouts, which, targeted):
+    """Statistics of the prompts `which`; targeted: a list of families."""
     lengths, rewards = rollouts["response_lengths"], rollouts["rewards"]
     k = rewards.shape[1]
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])  # [N*K + 1]
@@ -44,23 +44,27 @@ def properties(rollouts, which):
     sums = total[ends].diff().view(-1, k).sum(1)
     tokens = lengths.view(-1, k).sum(1)
     families, names = np.array(rollouts["families"])[which], sorted(set(rollouts["families"]))
-    return {"targeted": float(np.isin(families, TARGETED).mean()), "pass_rate": float(rewards[which].mean()),
+    return {"targeted": float(np.isin(families, targeted).mean()), "pass_rate": float(rewards[which].mean()),
             "entropy": float((sums / tokens)[which].mean()),
             "families": {name: float((families == name).mean()) for name in names}}
 
 
+def selected_properties(rollouts, selections, targeted):
+    """`properties` of the selection of each phase, with its size and the share of it selected before."""
+    phases, before = [], None
+    for selected in selections:
+        kept = None if before is None else len(np.intersect1d(selected, before)) / len(selected)
+        phases.append({**properties(rollouts, selected, targeted), "selected": len(selected), "kept": kept})
+        before = selected
+    return phases
+
+
 def toy():
     runs = []
-    for folder in sorted((ROOT / "runs/acceleration").glob("seed-*")):
-        rollouts = torch.load(folder / "rollouts/train.pt", weights_only=True)
-        phases, before = [], None
-        for path in sorted((folder / "cropi").glob("phase-*/selected.npy")):
-            selected = np.load(path)
-            kept = None if before is None else len(np.intersect1d(selected, before)) / len(selected)
-            phases.append({**properties(rollouts, selected), "selected": len(selected), "kept": kept})
-            before = selected
-        pool = properties(rollouts, np.arange(len(rollouts["rewards"])))
-        runs.append({"seed": folder.name, "pool": pool, "phases": phases})
+    for path in sorted((RESULTS / "acceleration").glob("seed-*-cropi.json")):
+        stored = json.loads(path.read_text())
+        seed = path.stem.rsplit("-", 1)[0]
+        runs.append({"seed": seed, "pool": stored["pool"], "phases": stored["selected"]})
     return {"command": "python experiments/selection.py toy", "runs": runs}
 
 

@@ -16,6 +16,8 @@ gaussian      a dense Gaussian projection, sampled from its exact distribution: 
               computes row x features in uint32, which overflows in a batch of 16 gradients if 16 x kept >
               2^32: for 1.54e9 parameters, at keep > 0.17. Here element (row, j) of a batch of 16 is read at
               (row x kept + j) mod L, with L = 2^32 scaled by the number of parameters
+first         sjlt with the release's mask: drop keeps the first keep x parameters coordinates and no others
+float16       sjlt of gradients that were rounded to half precision, as the release's projector takes them
 bfloat16      sjlt of a bfloat16 policy's gradients, compared with full float32 gradients of the float32
               policy; keep 0.1 (toy only)
 
@@ -31,6 +33,7 @@ restricts the comparison.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -53,7 +56,8 @@ WORLDS = {"toy": ("toy/world/base", "toy/rollouts/train.pt", "toy/rollouts/val_s
                   "toy/rollouts/val_dbl.pt"),
           "smollm2": ("smollm2/base", "smollm2/train.pt", "smollm2/val.pt")}  # in runs/
 PAPER = {0.1: 0.70, 0.15: 0.77, 1.0: 0.14}  # read off the paper's figure for Qwen2.5-1.5B, dim 32768
-COLORS = {"sjlt": "C0", "rademacher": "C2", "gaussian": "C3", "32-bit": "C4", "bfloat16": "C5"}
+COLORS = {"sjlt": "C0", "rademacher": "C2", "gaussian": "C3", "32-bit": "C4", "first": "C1", "float16": "C6",
+          "bfloat16": "C5"}
 
 
 class Rademacher(sketch.Projection):
@@ -70,6 +74,26 @@ class Rademacher(sketch.Projection):
             generator = torch.Generator().manual_seed(collect.stream_seed(self.seed, name, number))
             signs = torch.randint(2, (block.shape[1], self.dim), generator=generator, dtype=torch.int8)
             sums[:, :self.dim].addmm_(block, (signs * 2 - 1).to(block), alpha=self.dim**-0.5)
+
+
+class First(sketch.Projection):
+    """Keeps the first keep x total coordinates instead of random ones. starts: of each parameter."""
+
+    def __init__(self, seed, keep, dim, device, starts, total):
+        super().__init__(seed, keep, dim, device)
+        self.starts, self.end = starts, int(keep * total)
+
+    def draw(self, name, numel):
+        if name not in self.drawn:
+            kept = torch.arange(min(numel, max(0, self.end - self.starts[name])))
+            generator = torch.Generator().manual_seed(collect.stream_seed(self.seed, name))
+            self.drawn[name] = kept, torch.randint(2 * self.dim, (len(kept),), generator=generator)
+        return self.drawn[name]
+
+
+class Float16(sketch.Projection):
+    def add(self, name, gradients, sums):
+        super().add(name, gradients.half().float(), sums)
 
 
 class Whole:
@@ -172,7 +196,8 @@ def curves(policy, train, means, seed, dim, dense_numbers, kinds, keeps=KEEPS):
     starts, n, total = Whole(policy).starts, *train.shape
     projections = {}
     for kind in kinds:
-        make = Rademacher if kind == "rademacher" else sketch.Projection
+        make = {"rademacher": Rademacher, "float16": Float16,
+                "first": partial(First, starts=starts, total=total)}.get(kind, sketch.Projection)
         for keep in keeps:
             if kind != "rademacher" or keep * total * dim <= dense_numbers:
                 projections[kind, keep, seed] = make(seed, keep, dim, "cpu")
