@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the whole CROPI loop: collect rollouts once; then, in each phase, sketch, score and train.
 #
-#   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 8 minutes on a CPU
+#   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 7 to 12 minutes
 #   METHOD=learnability bash run_cropi.sh       another selection method in the same loop
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh
 #                                               your own model and data (README.md)
@@ -26,7 +26,7 @@ MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub 
 if [ -z "$MODEL" ]; then
     RUN=${RUN:-runs/toy}
     TOY=${TOY:-$RUN/world}            # folder of the toy's data and base policy, made once, from SEED
-    TARGETED=${TARGETED:-sort dbl}    # its targeted families; another pair needs its own VAL
+    TARGETED=${TARGETED:-sort dbl}    # its targeted families; if changed, set VAL: NAME=$TOY/val_NAME.jsonl
     MODEL=$TOY/base
     BASELINE=${BASELINE-full}         # methods to run before METHOD and to plot with it; BASELINE= for none
     TRAIN=${TRAIN:-$TOY/train.jsonl}
@@ -45,16 +45,16 @@ TRAIN=${TRAIN:-}                      # train prompts: .jsonl or .parquet files,
                                       # name[:config[:split]], separated by spaces; no path has a space
 VAL=${VAL:-}                          # validation sets: name=source pairs, separated by spaces
 TEST=${TEST:-}                        # test sets, in the same form; may be empty
-PROMPT_KEY=${PROMPT_KEY:-prompt question problem}    # prompt column: the first one in the data
-ANSWER_KEY=${ANSWER_KEY:-answer solution}            # answer column: the first one in the data
+PROMPT_KEY=${PROMPT_KEY:-prompt question problem}    # prompt column: the first of these that exists
+ANSWER_KEY=${ANSWER_KEY:-answer solution}            # answer column, likewise
 INSTRUCTION=${INSTRUCTION:-}          # text appended to every prompt that is a string
 VERIFIER=${VERIFIER:-math}            # math, exact or your own function, path/to/file.py:function
 VAL_LIMIT=${VAL_LIMIT:-100}           # prompts used per validation set (the first ones)
-K=${K:-8}                             # trajectories per train prompt
-K_VAL=${K_VAL:-32}                    # trajectories per validation prompt
+K=${K:-8}                             # responses per train prompt
+K_VAL=${K_VAL:-32}                    # responses per validation prompt
 TEMPERATURE=${TEMPERATURE:-0.5}       # sampling temperature of the rollouts (paper: 0.5)
-TRAIN_TEMPERATURE=${TRAIN_TEMPERATURE:-$TEMPERATURE}     # of the responses that GRPO trains on
-EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-$TRAIN_TEMPERATURE} # of the responses to test prompts; 0: greedy only
+TRAIN_TEMPERATURE=${TRAIN_TEMPERATURE:-$TEMPERATURE}     # sampling temperature during GRPO
+EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-$TRAIN_TEMPERATURE} # in evaluations; 0: greedy decoding only
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}                # length limit of a response
 PHASES=${PHASES:-4}                   # number of phases, the paper's M
 STEPS=${STEPS:-50}                    # GRPO steps per phase
@@ -62,7 +62,7 @@ ALPHA=${ALPHA:-0.1}                   # fraction of the train prompts selected
 CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts sketched, drawn anew in each phase
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
-RHO_MAX=${RHO_MAX:-inf}               # largest weight of a token in the sketched gradient; inf: the paper's
+RHO_MAX=${RHO_MAX:-inf}               # cap on the ratio rho as a token's weight; inf: none, as in the paper
 SKETCH=${SKETCH:-sketch.py}           # script of stage 2, to compare estimators of the gradient
 RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
 BATCH=${BATCH:-128}                   # prompts per GRPO step
@@ -79,7 +79,7 @@ KV_TOKENS=${KV_TOKENS:-}              # tokens in each rank's KV cache; lower it
 BATCH_TOKENS=${BATCH_TOKENS:-8192}    # tokens per micro-batch; lower it if gradients run out of memory
 DTYPE=${DTYPE:-float32}               # float32 or bfloat16; training keeps float32 weights in both cases
 NPROC=${NPROC:-1}                     # ranks (GPUs) on this machine; more than 1 uses torchrun
-SEED=${SEED:-0}                       # of sampling, projection and random choices
+SEED=${SEED:-0}                       # random seed
 PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .venv, made on first use
 
 # ---- set-up --------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ CROPI with $MODEL: ${BASELINE:+$BASELINE and }$METHOD
   $PHASES phases of $STEPS GRPO steps of $BATCH prompts x $GROUP responses
   stage 1, once: collect $K responses per train prompt and $K_VAL per validation prompt
   stages 2 to 4, in each phase: sketch, score and select (ALPHA = $ALPHA), train
-  files: $RUN/rollouts and $RUN/METHOD/phase-M; the command of every stage: $RUN/commands.txt
+  files: $RUN/rollouts and $RUN/METHOD/phase-m; the command of every stage: $RUN/commands.txt
   disk in each phase: 12 bytes per parameter (policy, AdamW) and $((4 * DIM / 1024)) kB per prompt (sketch)
 END
 fi
