@@ -240,7 +240,7 @@ def print_prompts(folder, run):
         rollouts = torch.load(folder.parent / "rollouts/train.pt", weights_only=True, mmap=True)
         prompts = rollouts["prompt_tokens"].split(rollouts["prompt_lengths"].tolist())
         tokenizer = AutoTokenizer.from_pretrained(rollouts["meta"]["model"])
-    except (OSError, ValueError):  # the base policy was moved
+    except Exception:  # the base policy was moved; transformers raises a dozen types
         return
     for m in {0, len(run["phases"]) - 1}:
         print(f"\nSelected first by {run['method']} in phase {m}:")
@@ -259,13 +259,14 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     print_table(runs)
     print_headline(runs)
-    print_prompts(args.runs[-1], runs[-1])
     print()
     for path in (plot_accuracy(runs, args.out / "accuracy.png"),
                  plot_training(runs, args.out / "training.png"),
                  plot_selected(runs, args.out / "selected.png")):
         if path:
             print(path)
+    if runs[-1]["method"] not in ("full", "dapo"):
+        print_prompts(args.runs[-1], runs[-1])
 
 
 if __name__ == "__main__":

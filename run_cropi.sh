@@ -97,12 +97,12 @@ now() { "$PYTHON" -c 'import time; print(time.time())'; }
 # stage FOLDER NAME COMMAND...: runs a command unless it is done, and adds it to RUN/commands.txt. A command
 # that succeeds is recorded as done in FOLDER/seconds.tsv, with its wall-clock seconds.
 stage() {
-    local folder=$1 name=$2 began
+    local folder=$1 name=$2 began line
     shift 2
     [ -z "$DRY_RUN" ] || { echo "+$(printf ' %q' "$@")" && return 0; }
     ! grep -q "^$name	" "$folder/seconds.tsv" 2>/dev/null || return 0
-    printf '%q ' "$@" >>"$RUN/commands.txt"
-    echo >>"$RUN/commands.txt"
+    line=$(printf '%q ' "$@")
+    grep -qxF -- "$line" "$RUN/commands.txt" 2>/dev/null || printf '%s\n' "$line" >>"$RUN/commands.txt"
     mkdir -p "$folder"
     began=$(now)
     "$@"
@@ -135,6 +135,17 @@ for method in $BASELINE $METHOD; do
 done
 [ -n "$TRAIN" ] && [ -n "$VAL" ] ||
     die "MODEL is set but TRAIN or VAL is not; set both as in the example of README.md"
+ROLLOUTS=$RUN/rollouts
+val_sources=() val_names=() val_rollouts=() test_sources=() tests=()
+for pair in $VAL; do
+    val_sources+=("${pair#*=}") val_names+=("val_${pair%%=*}")
+    val_rollouts+=("$ROLLOUTS/val_${pair%%=*}.pt")
+done
+for pair in $TEST; do
+    test_sources+=("${pair#*=}") tests+=("$ROLLOUTS/${pair%%=*}.pt")
+done
+twice=$(printf '%s\n' "$ROLLOUTS/train.pt" "${val_rollouts[@]}" ${tests[@]+"${tests[@]}"} | sort | uniq -d)
+[ -z "$twice" ] || die "VAL, TEST: two sets for the file" $twice "; expected different names; rename one"
 awk "BEGIN { exit !($CANDIDATES >= $ALPHA && $CANDIDATES <= 1) }" ||
     die "CANDIDATES $CANDIDATES: expected a share between ALPHA ($ALPHA) and 1; set it or ALPHA"
 
@@ -148,14 +159,11 @@ if [ -z "$DRY_RUN" ]; then
 fi
 
 if [ -z "$DRY_RUN" ]; then
-    cat <<END
-CROPI with $MODEL: ${BASELINE:+$BASELINE and }$METHOD
-  $PHASES phases of $STEPS GRPO steps of $BATCH prompts x $GROUP responses
-  stage 1, once: collect $K responses per train prompt and $K_VAL per validation prompt
-  stages 2 to 4, in each phase: sketch, score and select (ALPHA = $ALPHA), train
-  files: $RUN/rollouts and $RUN/METHOD/phase-m; the command of every stage: $RUN/commands.txt
-  disk in each phase: 12 bytes per parameter (policy, AdamW) and $((4 * DIM / 1024)) kB per prompt (sketch)
-END
+    echo "$MODEL: ${BASELINE:+$BASELINE and }$METHOD, $PHASES phases of $STEPS GRPO steps"
+    echo "  once: collect $K responses per train prompt and $K_VAL per validation prompt"
+    echo "  in each phase: select (influence, cropi: sketch, score; ALPHA = $ALPHA), train"
+    echo "  files: $RUN/rollouts and $RUN/METHOD/phase-m; the command of every stage: $RUN/commands.txt"
+    echo "  disk, each phase: 12 bytes per parameter (policy, AdamW), $((4 * DIM / 1024)) kB per prompt (sketch)"
 fi
 
 if [ -n "$TOY" ]; then
@@ -163,7 +171,6 @@ if [ -n "$TOY" ]; then
 fi
 
 # ---- stage 1, once: rollouts of the base policy --------------------------------------------------------
-ROLLOUTS=$RUN/rollouts
 settings "$ROLLOUTS" MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K K_VAL \
     TEMPERATURE MAX_NEW_TOKENS ENGINE DTYPE SEED
 
@@ -176,16 +183,6 @@ collect() { # NAME K ARGUMENT...
         --engine "$ENGINE" ${KV_TOKENS:+--kv-tokens "$KV_TOKENS"} --dtype "$DTYPE" --seed "$SEED" "$@"
 }
 
-val_sources=() val_names=() val_rollouts=() test_sources=() tests=()
-for pair in $VAL; do
-    val_sources+=("${pair#*=}") val_names+=("val_${pair%%=*}")
-    val_rollouts+=("$ROLLOUTS/val_${pair%%=*}.pt")
-done
-for pair in $TEST; do
-    test_sources+=("${pair#*=}") tests+=("$ROLLOUTS/${pair%%=*}.pt")
-done
-twice=$(printf '%s\n' "$ROLLOUTS/train.pt" "${val_rollouts[@]}" ${tests[@]+"${tests[@]}"} | sort | uniq -d)
-[ -z "$twice" ] || die "VAL, TEST: two sets for the file" $twice "; expected different names; rename one"
 collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
 collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
 [ -z "$TEST" ] || collect test 0 --data "${test_sources[@]}" --out "${tests[@]}"
@@ -233,12 +230,13 @@ run_method() { # METHOD
             --train-temperature "$TRAIN_TEMPERATURE" --eval-temperature "$EVAL_TEMPERATURE" \
             ${dapo[@]+"${dapo[@]}"} ${tests[@]+--eval "${tests[@]}"} ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy optimizer=(--optimizer "$phase/policy/optimizer.pt")
-        [ "$m" -gt 0 ] || [ -n "$DRY_RUN" ] || rest "$method"
+        [ "$m" -gt 0 ] || [ "$PHASES" -eq 1 ] || [ -n "$DRY_RUN" ] || rest "$method"
     done
 }
 
 rest() { # METHOD: says how long its further phases will take; influence selects in the first phase only
     local repeated=^phase-0-train
+    ! grep -q "^phase-$((PHASES - 1))-train" "$RUN/$1/seconds.tsv" || return 0
     [ "$1" != cropi ] || repeated=^phase-0-
     awk -v method="$1" -v n="$((PHASES - 1))" -v repeated="$repeated" \
         '/^phase-0-/ { took += $2 } $0 ~ repeated { more += n * $2 / 60 }

@@ -210,7 +210,8 @@ def report(trusts, scores, selected):
     """Adds to each set's trust the share of the selected with a positive cosine; one line per set."""
     for v, (name, found) in enumerate(trusts.items()):
         if found["effective_prompts"] == 0:
-            print(f"{name}: no prompt with unequal rewards; the other sets alone rank the train prompts")
+            print(f"score.py: warning: {name}: no prompt with unequal rewards; only the other sets rank",
+                  file=sys.stderr)
             continue
         found["selected_positive"] = float((scores[selected, v] > 0).mean())
         print(f"{name}:", ", ".join(f"{key} {value:.2f}" for key, value in found.items()))

@@ -297,6 +297,7 @@ def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, tempera
     150,000. They are computed, differentiated and freed for a few responses at a time, from a copy of the
     hidden states that is cut off from the graph; then the other layers have one pass for all responses.
     """
+    assert sketcher.batched or len(prompts) == 1
     policy, projection, n = sketcher.policy, sketcher.projection, len(responses) // len(prompts)
     advantages, beta = advantages.to(policy.device), nn.utils.rnn.pad_sequence(logp_beta, batch_first=True)
     sums = sketcher.sums = projection.zeros(len(prompts))
@@ -488,6 +489,8 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     candidates = order[:int(share * n)].sort().values
     rewards = rollouts["rewards"][candidates]
     varied = candidates[(rewards != rewards[:, :1]).any(1)].tolist()
+    if share < 1 and not varied:
+        fail(path, "no candidate with unequal rewards", "at least one", "raise --candidates")
     longest = lengths.amax(1).tolist()
     plan = plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in varied}, k, batch_tokens)
     with open(path, "rb") as file:
@@ -521,7 +524,7 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     mean = sidecar["log_ratio_mean"]
     if mean > 0.05 and sketcher.policy.name_or_path == rollouts["meta"]["model"]:
         print(f"sketch.py: warning: {path}: mean |log rho| is {mean:.3f} although --model sampled it; "
-              "the engine rounds differently: use --dtype float32, or --engine hf", file=sys.stderr)
+              "the engine rounds differently: collect with --engine hf, or with float32", file=sys.stderr)
 
 
 # ---- the command line ----
@@ -554,10 +557,12 @@ def main():
     flat = []  # files without a gradient; bad input is refused before any work
     for path in args.rollouts:
         rewards = load_rollouts(path)["rewards"]
+        if rewards.shape[1] < 2:
+            fail(path, f"K = {rewards.shape[1]}", "K >= 2", "collect with a larger --k")
         if (rewards == rewards[:, :1]).all():
             flat.append(path)
     if args.rollouts[0] in flat or flat and flat == args.rollouts[1:]:
-        fail(", ".join(map(str, flat)), f"K = {rewards.shape[1]} and no prompt with unequal rewards",
+        fail(", ".join(map(str, flat)), "no prompt with unequal rewards",
              "prompts with right and wrong responses", "collect more responses, or other prompts")
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))

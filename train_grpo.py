@@ -281,7 +281,8 @@ def build_policy(name, args):
     for rank in range(WORLD):  # one after the other: the host holds one whole copy at a time
         if rank == RANK:
             policy = load_policy(name, "cpu", "float32")  # a GPU may have room for shards only
-            check_forward(policy)
+            if RANK == 0:
+                check_forward(policy)
             policy.forward = policy.base_model.forward  # what FSDP gathers the weights for
             layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
             for module in [*layers, policy]:
@@ -501,11 +502,11 @@ def pack_output_layer(model):
 def check_sampler(difference, first):
     """Stops if the sampler's log-probs are not the policy's (other weights); warns in the first step."""
     found = f"log-probs that differ from the policy's by {difference:.3f} per token in the mean"
-    if RANK == 0 and difference > 0.5:
-        fail("the sampler", found, "at most 0.5", "its weights were not updated; try --engine hf")
+    if RANK == 0 and not difference <= 0.5:  # or NaN
+        fail("the sampler", found, "at most 0.5", "its weights were not updated, or the policy has diverged")
     if RANK == 0 and difference > 0.1 and first:
         print(f"train_grpo.py: warning: the sampler has {found}; try --dtype float32", file=sys.stderr)
-    if difference > 0.5:
+    if not difference <= 0.5:
         sys.exit(2)
 
 
@@ -729,7 +730,8 @@ class StopRequest:
 
     def receive(self, number, frame):
         self.flag.fill_(1)
-        signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
     def received(self):
         """Whether any rank received it."""

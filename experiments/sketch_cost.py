@@ -133,7 +133,7 @@ def sketching(policy, path, dim, batch_tokens, folder):
     sketcher = sketch.make_sketcher(policy, projection(dim))
     trial = time.perf_counter() - began
     assert sketcher.batched
-    identity = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim}
+    identity = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim, "rho_max": "inf"}
     sketch.sketch_file(sketcher, path, folder / "sketch.npy", identity, batch_tokens)
     sketcher.close()
     seconds = time.perf_counter() - began

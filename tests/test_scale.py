@@ -186,20 +186,32 @@ def training(run, world, out, *more):
             "--eval-samples", 2, "--batch-tokens", 100, "--save-every", 2, "--out", out, *more]
 
 
-def test_two_processes_train_the_same(micro_run, world, tmp_path):
-    """FSDP2 with two ranks gives the metrics and policy of one to float error, and an ordinary checkpoint."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    arguments = training(micro_run[0], world, one)
+@pytest.mark.parametrize("continued", [False, True])
+def test_two_processes_train_the_same(continued, micro_run, world, tmp_path, call, monkeypatch):
+    """FSDP2 with two ranks gives the metrics and policy of one to float error, and an ordinary checkpoint.
+
+    continued: from optimizer.pt of an earlier phase; and the two ranks resume what one rank has begun.
+    """
+    one, two, run = tmp_path / "one", tmp_path / "two", micro_run[0]
+    model, more = world / "base", ()
+    if continued:
+        model = run / "cropi/phase-0/policy"
+        more = "--model", model, "--optimizer", model / "optimizer.pt"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train_grpo, "grpo_step", killed_after(train_grpo.grpo_step, 2))
+            call(train_grpo, *training(run, world, two, *more)[1:])
+        assert (tmp_path / "two.part/checkpoint.pt").exists()
+    arguments = training(run, world, one, *more)
     subprocess.run([sys.executable, *map(str, [ROOT / arguments[0], *arguments[1:]])], check=True)
-    shards(training(micro_run[0], world, two))
+    shards(training(run, world, two, *more))
     rows = [[json.loads(line) for line in open(out / "metrics.jsonl")] for out in (one, two)]
-    assert len(rows[0]) == len(rows[1]) == 5
+    assert len(rows[0]) == len(rows[1]) == 5 - continued
     for first, second in zip(*rows):
         assert first.get("reward") == second.get("reward") and first.get("eval") == second.get("eval")
         for name in ("kl", "grad_norm", "sampling_logp_difference"):
             assert second.get(name, 0) == pytest.approx(first.get(name, 0), rel=1e-3, abs=1e-6)
     base, first, second = (AutoModelForCausalLM.from_pretrained(path).state_dict()
-                           for path in (world / "base", one, two))
+                           for path in (model, one, two))
     moved = sum(((first[name] - base[name]) ** 2).sum() for name in base)
     apart = sum(((second[name] - first[name]) ** 2).sum() for name in first)
     assert 0 < apart <= 1e-4 * moved
