@@ -3,14 +3,13 @@
 # variations. The numbers of each finished run are written to experiments/results/acceleration/NAME.json at
 # once; runs that have such a file are not made again. acceleration.py evaluates them.
 #
-#   bash experiments/acceleration.sh               resumable; JOBS=2 seeds side by side, one thread each
-#   SEEDS="0 1" PARTS="main weights" bash experiments/acceleration.sh
-#   bash experiments/acceleration.sh pilot         the runs that chose RHO_MAX below; then prints its scores
+#   bash experiments/acceleration.sh [PART...]     resumable; JOBS=2 seeds side by side, one thread each
+#   SEEDS="0 1" bash experiments/acceleration.sh main weights
 #
-# PARTS, by default all but the last: main (full data, influence once, CROPI), weights (CROPI with other
+# The parts, by default the first five: main (full data, influence once, CROPI), weights (CROPI with other
 # estimators of the gradient), baselines, variations (ALPHA = 0.1, CANDIDATES = 1/3), worlds (other targeted
-# families); and reselection (pools with fewer and with more targeted prompts, shorter and longer phases), whose
-# numbers are in experiments/results/reselection.
+# families); reselection (pools with fewer and with more targeted prompts, shorter and longer phases; numbers in
+# experiments/results/reselection); pilot (the runs that chose RHO_MAX below; in experiments/results/pilot).
 # Run nothing else on the machine: seconds are compared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -75,7 +74,8 @@ part() {
         for n in 60 100 430; do
             (
                 export RUN=$RUNS/pool-$n-$SEED TOY=$RUNS/pool-$n-$SEED/world
-                [ -e "$TOY/seconds.tsv" ] || "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --pool-targeted "$n"
+                [ -e "$TOY/seconds.tsv" ] ||
+                    "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --pool-targeted "$n"
                 printf 'world\t0\n' >"$TOY/seconds.tsv"
                 for method in influence cropi; do run "pool-$n-$SEED-$method" "$method"; done
             )
@@ -100,9 +100,13 @@ seed() {
 export -f run vary part seed
 
 if [ "${1:-}" = pilot ]; then
-    RUNS=runs/pilot RESULTS=experiments/results/pilot SEEDS="20 21" PARTS=pilot
+    RUNS=runs/pilot RESULTS=experiments/results/pilot SEEDS="20 21"
     mkdir -p "$RUNS" "$RESULTS"
 fi
 printf '%s\n' ${SEEDS:-0 1 2 3 4 5 6 7} | xargs -P "${JOBS:-2}" -I {} \
-    bash -euo pipefail -c "seed {} ${PARTS:-main weights baselines variations worlds}"
-"$PYTHON" experiments/acceleration.py ${1:+"$1"}
+    bash -euo pipefail -c "seed {} ${*:-main weights baselines variations worlds}"
+case "$*" in
+pilot) "$PYTHON" experiments/acceleration.py pilot ;;
+reselection) "$PYTHON" experiments/reselection.py ;;
+*) "$PYTHON" experiments/acceleration.py ;;
+esac

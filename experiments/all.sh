@@ -23,11 +23,13 @@ once() { # COMMAND...: runs it unless an earlier run of it succeeded
 }
 
 once bash run_cropi.sh
+once bash experiments/acceleration.sh pilot
 once bash experiments/acceleration.sh
+for seed in 0 1 2 3; do once "$PYTHON" experiments/off_policy.py "$seed"; done
+once "$PYTHON" experiments/off_policy.py
 once "$PYTHON" experiments/cost.py
 once "$PYTHON" experiments/selection.py toy
-once "$PYTHON" experiments/off_policy.py
-once "$PYTHON" experiments/curriculum.py run
+once bash experiments/acceleration.sh reselection
 once "$PYTHON" experiments/sampler_speed.py
 once "$PYTHON" experiments/train_cost.py
 once "$PYTHON" experiments/smollm2.py

@@ -1,6 +1,6 @@
 """When does selecting again in every phase pay? CROPI minus influence once, by the protocol of README.md.
 
-From the runs of `PARTS="main reselection" bash experiments/acceleration.sh`, seeds 0 to 2:
+From the runs of `bash experiments/acceleration.sh main` and `... reselection`, seeds 0 to 2:
 
 useful        against the number of targeted prompts in the pool for each selected one (0.8 to 6)
 repetitions   against how often a selected prompt is seen in a phase (4 to 18)
