@@ -8,7 +8,7 @@
 #
 # The parts, by default the first five: main (full data, influence once, CROPI), weights (CROPI with other
 # estimators of the gradient), baselines, variations (ALPHA = 0.1, CANDIDATES = 1/3), worlds (other targeted
-# families); reselection (pools with fewer and with more targeted prompts, shorter and longer phases; numbers in
+# families); reselection (pools with fewer and with more targeted prompts, shorter and longer phases; stored in
 # experiments/results/reselection); pilot (the runs that chose RHO_MAX below; in experiments/results/pilot).
 # Run nothing else on the machine: seconds are compared.
 set -euo pipefail
@@ -93,7 +93,8 @@ seed() {
     local name
     for name in "${@:2}"; do
         case $name-$SEED in # the seeds of each part
-        main-* | pilot-* | worlds-[01] | reselection-[0-2] | weights-[0-3] | baselines-[0-3] | variations-[0-3]) part "$name" ;;
+        main-* | pilot-* | worlds-[01] | reselection-[0-2]) part "$name" ;;
+        weights-[0-3] | baselines-[0-3] | variations-[0-3]) part "$name" ;;
         esac
     done
 }
