@@ -8,8 +8,8 @@
 #
 # The parts, by default the first five: main (full data, influence once, CROPI), weights (CROPI with other
 # estimators of the gradient), baselines, variations (ALPHA = 0.1, CANDIDATES = 1/3), worlds (other targeted
-# families); reselection (pools with fewer and with more targeted prompts, shorter and longer phases; stored in
-# experiments/results/reselection); pilot (the runs that chose RHO_MAX below; in experiments/results/pilot).
+# families); reselection (pools with fewer and with more targeted prompts, shorter and longer phases; stored
+# in experiments/results/reselection); pilot (the runs that chose RHO_MAX below; in experiments/results/pilot).
 # Run nothing else on the machine: seconds are compared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
