@@ -66,8 +66,8 @@ def store(folder, path):
             cosines.append([[len(group), round(float(group.mean()), 4) if len(group) else None]
                             for group in groups])
         trained[phase["selected"]] = True
-        for path in folder.glob(f"phase-{m}/fresh-*.pt"):  # what estimators.py sampled for this phase
-            tokens = len(torch.load(path, weights_only=True, mmap=True)["response_tokens"])
+        for fresh in folder.glob(f"phase-{m}/fresh-*.pt"):  # what estimators.py sampled for this phase
+            tokens = len(torch.load(fresh, weights_only=True, mmap=True)["response_tokens"])
             x[2, x[0] >= phase["rows"][0]["step"]] += tokens
     base = hashlib.sha256((ROOT / settings["MODEL"] / "model.safetensors").read_bytes()).hexdigest()
     result = {"settings": settings, "base_policy": base[:16], "torch": torch.__version__,
