@@ -40,11 +40,13 @@ def test_links():
             assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
 
 
-def test_readme(toy, micro_run):
+def test_readme(toy, world, micro_run, call):
     names = run_blocks("README.md", blocks("README.md"))
-    ours = np.load(micro_run[0] / "influence/phase-0/train.npy")[:4]
-    assert names["sketches"].shape == (4, 4096)
-    assert (names["sketches"].norm(dim=1) > 0).tolist() == (np.linalg.norm(ours, axis=1) > 0).tolist()
+    assert call(sketch, "--model", world / "base", "--rollouts", micro_run[0] / "rollouts/train.pt",
+                "--out", "r.npy", "--dim", 4096)[0] == 0
+    ours, expected = names["sketches"], torch.from_numpy(np.load("r.npy")[:4])
+    assert ours.shape == (4, 4096) and expected.norm() > 0
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.norm()))
 
 
 def test_readme_is_short():
