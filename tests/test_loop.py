@@ -223,13 +223,29 @@ def test_loop_of_two_processes_selects_the_same(micro_run, world, tmp_path):
     assert (run / "cropi/phase-0/policy/model.safetensors").exists()
 
 
-def test_second_loop_in_one_folder_refuses(world, tmp_path):
-    with open(tmp_path / "lock", "w") as lock:
+def test_second_loop_in_one_folder_refuses(micro_run, world):
+    run = micro_run[0]
+    before = sorted(path.name for path in (run / "cropi").iterdir())
+    with open(run / "cropi/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
-                              env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(tmp_path)})
+                              env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run)})
     assert done.returncode == 2 and "another run_cropi.sh" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert sorted(path.name for path in (run / "cropi").iterdir()) == before
+
+
+def test_methods_side_by_side_collect_once(world, tmp_path):
+    """Two methods started at once in one RUN: each stage of the collection runs once, both methods end."""
+    settings = {**os.environ, **MICRO, "TOY": str(world), "RUN": str(tmp_path), "BASELINE": "", "PHASES": "1",
+                "STEPS": "1"}
+    runs = [subprocess.Popen(["bash", ROOT / "run_cropi.sh"], env={**settings, "METHOD": method},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for method in ("random", "passrate")]
+    assert [run.wait() for run in runs] == [0, 0]
+    stages = [line.split("\t")[0] for line in (tmp_path / "rollouts/seconds.tsv").read_text().splitlines()]
+    assert stages == ["train", "val", "test"]
+    for method in ("random", "passrate"):
+        assert (tmp_path / method / "phase-0/policy/model.safetensors").exists()
 
 
 def commands(run, world, out):
