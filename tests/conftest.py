@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "toy"), str(ROOT / "experiments")]
 torch.set_num_threads(1)
 MICRO = {"PHASES": "2", "STEPS": "3", "BATCH": "4", "GROUP": "4", "K": "6", "K_VAL": "6", "DIM": "256",
          "SAVE_EVERY": "1", "EVAL_EVERY": "2", "EVAL_SAMPLES": "2", "ALPHA": "0.2", "LR": "1e-3",
-         "PYTHON": sys.executable, "BASELINE": "influence", "BATCH_TOKENS": "128"}
+         "PYTHON": sys.executable, "BASELINE": "influence", "BATCH_TOKENS": "128", "ENGINE": "hf"}
 
 
 def tiny_qwen(tied, seed=0, vocab=29, **config):
