@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import group_logprobs, tiny_qwen
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.pytorch_utils import Conv1D
 
@@ -295,6 +296,18 @@ def test_bfloat16_policy_has_float32_gradients():
     exact = gradients(policy, [0, 1, 2, 3, 4])
     found = gradients(tiny_qwen(tied=True).bfloat16(), [0, 1, 2, 3, 4])
     assert found.dtype == torch.float32 and (torch.cosine_similarity(found, exact) > 0.99).all()
+
+
+def test_trial_accepts_a_deep_bfloat16_policy():
+    """The rounding of a random policy of 24 layers does not look like another gradient."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=24,
+                     num_attention_heads=4, num_key_value_heads=2)
+        policy = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval()
+        sketcher = sketch.make_sketcher(policy, Whole(policy))
+        assert sketcher.batched
+        sketcher.close()
 
 
 def test_sidecar_has_the_log_ratios(micro_run, world, tmp_path, call):
