@@ -121,7 +121,7 @@ def samples(policy):
     examples = [json.loads(line) for line in (world / "samples.jsonl").read_text().splitlines()]
     for example, response, reward in zip(examples, responses, rollouts["rewards"][:, 0].tolist()):
         of = found.setdefault(example["prompt"], {"answer": example["answer"]})
-        of[Path(policy).resolve().relative_to(ROOT / "runs/smollm2").as_posix()] = {
+        of[Path(policy).absolute().relative_to(ROOT / "runs/smollm2").as_posix()] = {
             "response": tokenizer.decode(response), "reward": reward}
     path.write_text(json.dumps(found, indent=1) + "\n")
 
