@@ -328,7 +328,7 @@ def make_sketcher(policy, projection):
     """
     prompts, responses = [[1, 0, 1], [0, 1, 1, 0, 1]], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
     logp_beta = [torch.zeros(len(r)) for r in responses]
-    advantages = torch.tensor([1.0, 0.5, 0.75, 1.0])  # of one sign: sums that cancel magnify bfloat16's rounding
+    advantages = torch.tensor([1.0, 0.5, 0.75, 1.0])  # of one sign: cancelling would magnify rounding
     tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1
     problem = "another gradient than that of the model's own logits"
     sketcher, sums = Sketcher(policy, projection, batched=False), projection.zeros(2)

@@ -28,12 +28,11 @@ once bash experiments/acceleration.sh
 for seed in 0 1 2 3; do once "$PYTHON" experiments/off_policy.py "$seed"; done
 once "$PYTHON" experiments/off_policy.py
 once "$PYTHON" experiments/cost.py
-once "$PYTHON" experiments/selection.py toy
+once "$PYTHON" experiments/selection.py
 once bash experiments/acceleration.sh reselection
 once "$PYTHON" experiments/sampler_speed.py
 once "$PYTHON" experiments/train_cost.py
-once "$PYTHON" experiments/smollm2.py
-once "$PYTHON" experiments/selection.py smollm2
+once bash experiments/smollm2.sh
 once "$PYTHON" experiments/sketch_cost.py
 once "$PYTHON" experiments/sparse_ratio.py toy --dense-numbers 3.5e9
 once "$PYTHON" experiments/sparse_ratio.py smollm2 --prompts 50 --seeds 3 --dense-numbers 1e8

@@ -1,38 +1,27 @@
-"""Claim 3, what is selected: by phase on the toy, and by kind of task on SmolLM2-135M.
+"""Claim 3, what is selected: by phase, in the toy world.
 
-toy       for each phase of CROPI (experiments/acceleration.sh, all seeds) and for the pool: the share of
-          prompts from the targeted families; the mean pass rate under the base policy; the entropy of its
-          responses (mean of -log beta over the tokens of a prompt's K responses, nats per token); the share
-          of a phase's selection that the previous phase selected, too.
-smollm2   256 natural-language prompts of reasoning-gym, 64 of each of four kinds, and a validation set of one
-          kind (experiments/smollm2.py, with its own pool): the share of that kind in the selected 10%,
-          relative to its share in the pool and to its share among the prompts with reward variance (only
-          these can be selected); for each projection seed in SEEDS.
+For each phase of CROPI (experiments/acceleration.sh, all seeds) and for the pool: the share of prompts from
+the targeted families; the mean pass rate under the base policy; the entropy of its responses (mean of -log
+beta over the tokens of a prompt's K responses, nats per token); the share of a phase's selection that the
+previous phase selected, too.
 
-    python experiments/selection.py toy
-    python experiments/selection.py smollm2    about half an hour
-    python experiments/selection.py plot       redraws the figure from the JSON
+    python experiments/selection.py
 
-Writes experiments/results/selection.json (each command updates only its own part) and selection.png.
+Writes experiments/results/selection.json and selection.png.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-import transformers
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
-KIND, SEEDS = "chain_sum", range(1)
 
 
 def properties(rollouts, which, targeted):
@@ -59,52 +48,13 @@ def selected_properties(rollouts, selections, targeted):
     return phases
 
 
-def toy():
-    runs = []
-    for path in sorted((RESULTS / "acceleration").glob("seed-*-cropi.json")):
-        stored = json.loads(path.read_text())
-        seed = path.stem.rsplit("-", 1)[0]
-        runs.append({"seed": seed, "pool": stored["pool"], "phases": stored["selected"]})
-    return {"command": "python experiments/selection.py toy", "runs": runs}
-
-
-def smollm2():
-    out = ROOT / "runs/smollm2-mixed"
-    if not (out / "val.pt").exists():
-        subprocess.run([sys.executable, ROOT / "experiments/smollm2.py", "--prompts", "64", "--out", out],
-                       check=True)
-    rollouts = torch.load(out / "train.pt", weights_only=True)
-    families, varied = np.array(rollouts["families"]), (rollouts["rewards"].std(1) > 0).numpy()
-    kind = families == KIND
-    selections = []
-    for seed in SEEDS:
-        here = out / f"seed-{seed}"
-        if not (here / "selected.npy").exists():
-            subprocess.run([sys.executable, ROOT / "sketch.py", "--model", out / "base",
-                            "--rollouts", out / "train.pt", out / "val.pt",
-                            "--out", here / "train.npy", here / "val.npy", "--seed", str(seed)], check=True)
-            subprocess.run([sys.executable, ROOT / "score.py", "--train", here / "train.npy",
-                            "--val", here / "val.npy", "--rollouts", out / "train.pt",
-                            "--out", here / "selected.npy"], check=True)
-        selected = np.load(here / "selected.npy")
-        kinds = {name: int((families[selected] == name).sum()) for name in np.unique(families).tolist()}
-        selections.append({"seed": seed, "selected": len(selected), "share": float(kind[selected].mean()),
-                           "over_pool": float(kind[selected].mean() / kind.mean()),
-                           "over_live": float(kind[selected].mean() / kind[varied].mean()),
-                           "kinds": kinds})
-    return {"command": "python experiments/selection.py smollm2", "pool": len(kind),
-            "live": int(varied.sum()), "share_of_pool": float(kind.mean()),
-            "share_of_live": float(kind[varied].mean()), "projections": selections,
-            "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def draw(result, path):
+def draw(runs, path):
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.2))
     titles = {"targeted": "share of targeted families", "pass_rate": "pass rate under the base policy",
               "entropy": "entropy of responses (nats per token)",
               "kept": "share selected in the previous phase"}
     for axis, (name, title) in zip(axes, titles.items()):
-        for run in result["toy"]["runs"]:
+        for run in runs:
             axis.plot([phase[name] for phase in run["phases"]], "o-", markersize=3, label=run["seed"])
             if name != "kept":
                 axis.axhline(run["pool"][name], color="#95a5a6", ls=":", lw=1)
@@ -117,18 +67,18 @@ def draw(result, path):
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("part", choices=["toy", "smollm2", "plot"])
-    part, path = parser.parse_args().part, RESULTS / "selection.json"
-    measured = {"toy": toy, "smollm2": smollm2, "plot": dict}[part]()
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if measured:
-        result[part] = measured
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result[part], indent=1))
-    if "toy" in result:
-        draw(result, RESULTS / "selection.png")
+    runs = []
+    for path in sorted((RESULTS / "acceleration").glob("seed-*-cropi.json")):
+        stored = json.loads(path.read_text())
+        seed = path.stem.rsplit("-", 1)[0]
+        runs.append({"seed": seed, "pool": stored["pool"], "phases": stored["selected"]})
+    result = {"command": "python experiments/selection.py", "runs": runs}
+    (RESULTS / "selection.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(runs, RESULTS / "selection.png")
+    for run in runs:
+        for name in ("targeted", "pass_rate", "entropy"):
+            values = [run["pool"][name], *(phase[name] for phase in run["phases"])]
+            print(f"{run['seed']}: {name}, pool and phases: {np.round(values, 2).tolist()}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ score      score.py's pass over 20,000 x 32768 sketches with 6 validation sets o
            np.dot of the same memmap with a [32768, 6] matrix: speed relative to np.dot; and the peak memory
            of `python score.py`.
 
-    python experiments/sketch_cost.py             after run_cropi.sh (toy) and experiments/smollm2.py
+    python experiments/sketch_cost.py             after run_cropi.sh (toy) and experiments/smollm2.sh
 
 Prints a table and writes experiments/results/sketch_cost.json. Parts with missing inputs are null, with the
 reason.
@@ -238,7 +238,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--toy-model", type=Path, default=ROOT / "runs/toy/world/base")
     parser.add_argument("--toy-rollouts", type=Path, default=ROOT / "runs/toy/rollouts/train.pt")
-    parser.add_argument("--smollm2", type=Path, default=ROOT / "runs/smollm2", help="made by smollm2.py")
+    parser.add_argument("--smollm2", type=Path, default=ROOT / "runs/smollm2", help="made by smollm2.sh")
     parser.add_argument("--rounds", type=int, default=5, help="of the toy (5); SmolLM2 has 3")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (all)")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/sketch_cost.json")
@@ -248,8 +248,8 @@ def main():
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results |= {"torch": torch.__version__, "numpy": np.__version__, "transformers": transformers.__version__,
                 "threads": torch.get_num_threads(), "machine": platform.machine()}
-    smollm2 = args.smollm2 / "train.pt"
-    absent = None if smollm2.exists() else f"no {smollm2}: experiments/smollm2.py makes it from PyPI packages"
+    smollm2 = args.smollm2 / "seed-0/rollouts/train.pt"
+    absent = None if smollm2.exists() else f"no {smollm2}: experiments/smollm2.sh makes it from PyPI packages"
     with tempfile.TemporaryDirectory(dir=args.out.parent) as folder:
         folder = Path(folder)
         if not absent:

@@ -22,7 +22,7 @@ bfloat16      sjlt of a bfloat16 policy's gradients, compared with full float32 
               policy; keep 0.1 (toy only)
 
     python experiments/sparse_ratio.py toy                     after run_cropi.sh
-    python experiments/sparse_ratio.py smollm2 --prompts 50    after experiments/smollm2.py; 18 GB of memory
+    python experiments/sparse_ratio.py smollm2 --prompts 50    after experiments/smollm2.sh; 18 GB of memory
     python experiments/sparse_ratio.py toy --projection sjlt   prints the numbers of this projection only
     python experiments/sparse_ratio.py plot                    redraws the figure from the JSON
 
@@ -54,7 +54,8 @@ import sketch
 KEEPS = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.15, 0.3, 1.0)
 WORLDS = {"toy": ("toy/world/base", "toy/rollouts/train.pt", "toy/rollouts/val_sort.pt",
                   "toy/rollouts/val_dbl.pt"),
-          "smollm2": ("smollm2/base", "smollm2/train.pt", "smollm2/val.pt")}  # in runs/
+          "smollm2": ("smollm2/base", "smollm2/seed-0/rollouts/train.pt",
+                      "smollm2/seed-0/rollouts/val_chain_sum.pt")}  # in runs/
 PAPER = {0.1: 0.70, 0.15: 0.77, 1.0: 0.14}  # read off the paper's figure for Qwen2.5-1.5B, dim 32768
 COLORS = {"sjlt": "C0", "rademacher": "C2", "gaussian": "C3", "32-bit": "C4", "first": "C1", "float16": "C6",
           "bfloat16": "C5"}
