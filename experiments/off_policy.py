@@ -235,9 +235,12 @@ def draw(result, path):
                    color="black" if name == "fresh" else f"C{number}")
     right.set(xlabel="phases of training", xticks=PHASES,
               ylabel="cosine of the validation mean\nwith that of 64 fresh responses")
+    left.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+    left.minorticks_off()
+    left.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in (left, right):
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
