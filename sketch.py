@@ -440,8 +440,7 @@ def replacing(path):
 def run_batches(work, plan, out, settings):
     """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the files.
 
-    Each rank does every WORLD-th batch, unless its file exists: a killed run resumes. Returns when all ranks
-    have finished.
+    Each rank does every WORLD-th batch, unless its file exists. Returns when all ranks have finished.
     """
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     folder = out.with_name(f"{out.name}.{digest[:16]}.parts")
