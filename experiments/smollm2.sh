@@ -9,8 +9,8 @@
 #       bash experiments/smollm2.sh              on a large GPU, which JOBS runs share
 #
 # The pool: 648 train prompts, 54 of each targeted kind (chain_sum, gcd; a sixth of the pool) and 90 of each
-# of six others. ALPHA selects 32; each of them is trained on 10 times in a phase. Test sets: 100 prompts of each
-# targeted kind, 17 of each other kind.
+# of six others. ALPHA selects 32; each of them is trained on 10 times in a phase. Test sets: 100 prompts of
+# each targeted kind, 17 of each other kind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
