@@ -58,7 +58,7 @@ from transformers.pytorch_utils import Conv1D
 
 FORMAT = 2  # of rollouts.pt and of the sketches' .json files
 BATCHED = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: what prompt_gradients knows
-# Numbers of a layer's gradients at once, at least one prompt's: they stay in a CPU's cache.
+# Numbers of a layer's gradients at once, at least one prompt's: few for a CPU's cache, many for a GPU.
 CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 LOGITS = 2**25  # logits in memory at once, at least one response's
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
@@ -359,7 +359,7 @@ def make_sketcher(policy, projection):
 
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it takes up to seconds to prepare for every new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
     try:
         policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
         if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share

@@ -613,7 +613,7 @@ def load_tokenizer(name):
 
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it takes up to seconds to prepare for every new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
     try:
         policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
         if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share

@@ -112,11 +112,11 @@ def interval(differences):
             "per_seed": [round(float(d), 4) for d in differences]}
 
 
-def evaluate(methods):
+def evaluate(methods, tests=TESTS):
     """The numbers of one world, from its {method: {seed: run}}."""
     result, at = {"seeds": {name: sorted(runs) for name, runs in methods.items()}}, {"half": {}, "final": {}}
     for place, values in at.items():
-        for test in TESTS:
+        for test in tests:
             values[test] = {}
             for name, runs in methods.items():
                 curves = {seed: smoothed(run["accuracy"][test]) for seed, run in runs.items()}
@@ -146,7 +146,7 @@ def evaluate(methods):
             shared = sorted(set(methods[one]) & set(methods[other]))
             result["differences"][f"{one} - {other}"] = {
                 place: {test: interval([values[test][one][s] - values[test][other][s] for s in shared])
-                        for test in TESTS} for place, values in at.items()}
+                        for test in tests} for place, values in at.items()}
     return result
 
 

