@@ -6,7 +6,7 @@ store RUN FILE    saves a finished run's numbers: settings, evaluations (steps, 
 pilot             reads experiments/results/pilot/*.json; prints by which score c was chosen.
 (nothing)         reads experiments/results/acceleration/*.json; writes acceleration.json and acceleration.png
                   (accuracy against steps, seconds and sampled tokens: mean over the seeds, band from the
-                  lowest to the highest) and prints a table.
+                  lowest to the highest) and prints the tables of docs/results.md.
 
 In acceleration.json, for every method: step_acceleration, wall_acceleration and token_acceleration (median,
 per_seed): what full data needs to reach its own smoothed final accuracy over what the method needs to reach
@@ -39,6 +39,12 @@ from plot import crossing, smoothed
 from selection import properties, selected_properties
 
 TESTS = ("targeted", "related", "other")
+ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
+        "cropi (truncated)": "CROPI, RHO_MAX=2", "cropi (clip)": "CROPI, the release's clip",
+        "cropi (no-ratio)": "CROPI, no ratio", "cropi (fresh)": "CROPI, fresh responses in each phase",
+        "cropi (third)": "CROPI, CANDIDATES=1/3", "influence (alpha)": "influence once, ALPHA=0.1",
+        "cropi (alpha)": "CROPI, ALPHA=0.1", "dapo": "DAPO", "random": "random", "passrate": "pass rate",
+        "learnability": "learnability"}  # of the table, in this order
 AXES = ("steps", "seconds", "tokens")
 # Student's t, 97.5% quantile of n - 1 degrees of freedom
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # for n seeds
@@ -150,6 +156,24 @@ def evaluate(methods, tests=TESTS):
     return result
 
 
+def table(result):
+    """Lines of a Markdown table: a row per method of one world, with the number of its seeds."""
+    lines = ["| method (seeds) | targeted, step 80 | targeted, step 160 (each seed) | related | other "
+             "| speed-up in steps | in tokens |", "|---|---|---|---|---|---|---|"]
+    for name in [name for name in ROWS if name in result["seeds"]]:
+        half = result["half_accuracy"]["targeted"][name]["mean"]
+        final = {test: result["final_accuracy"][test][name] for test in TESTS}
+        each = ", ".join(f"{value:.3f}" for value in final["targeted"]["per_seed"])
+        cells = [f"{ROWS[name]} ({len(result['seeds'][name])})", f"{half:.3f}",
+                 f"{final['targeted']['mean']:.3f} ({each})",
+                 *(f"{final[test]['mean']:.3f}" for test in ("related", "other"))]
+        for axis in ("step", "token"):
+            median = result[f"{axis}_acceleration"][name]["median"]
+            cells.append(f"{median:.2f}" if median else "never")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def draw(methods, path):
     figure, axes = plt.subplots(len(TESTS), 3, figsize=(14, 9), sharey="row")
     for row, test in zip(axes, TESTS):
@@ -195,15 +219,14 @@ def main():
         {"command": "bash experiments/acceleration.sh", **results.pop("seed"), "other_worlds": results},
         indent=1) + "\n")
     result = json.loads((RESULTS / "acceleration.json").read_text())
-    for name in result["seeds"]:
-        accuracy = [f"{test} {result[key][test][name]['mean']:.3f}"
-                    for key in ("half_accuracy", "final_accuracy") for test in TESTS]
-        ratios = [f"{key}s {result[f'{key}_acceleration'][name]['median']:.2f}x" for key in ("step", "token")]
-        seconds = f"seconds {result['wall_acceleration'][name]['median']:.2f}x"
-        print(f"{name:18} half, end: {', '.join(accuracy)}; {', '.join(ratios)}, {seconds}")
+    print("\n".join(table(result)))
+    for world, found in result["other_worlds"].items():
+        print(f"\n{world}", *table(found), sep="\n")
     for pair, places in result["differences"].items():
-        found = places["final"]["targeted"]
-        print(f"{pair} at the end, targeted: {found['mean']:+.3f} +- {found['half_width_95']}")
+        for place, tests in places.items():
+            found = [f"{test} {value['mean']:+.3f} ± {value['half_width_95']:.3f}"
+                     for test, value in tests.items() if value["half_width_95"] is not None]
+            print(f"{pair}, {place}: {', '.join(found)}")
     draw(worlds["seed"], RESULTS / "acceleration.png")
 
 

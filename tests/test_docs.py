@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import acceleration
 import collect
 import sketch
 
@@ -55,6 +56,24 @@ def test_readme_is_short():
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     words = [word for line in prose.splitlines() if not line.startswith("|") for word in line.split()]
     assert text.count("\n") <= 150 and len(words) <= 1300
+
+
+def test_reported_numbers():
+    """docs/results.md and README.md report what experiments/results/acceleration.json holds."""
+    result = json.loads((ROOT / "experiments/results/acceleration.json").read_text())
+    page = (ROOT / "docs/results.md").read_text().splitlines()
+    for found in (result, *result["other_worlds"].values()):
+        for line in acceleration.table(found):
+            assert line in page
+    readme = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    for test, start in (("targeted", "targeted"), ("related", "related"), ("other", "all other")):
+        row, = [line for line in readme if line.startswith(f"| {start}")]
+        for method in ("full", "influence", "cropi"):
+            assert f"{result['final_accuracy'][test][method]['mean']:.3f}" in row
+    for axis, start in (("step", "speed-up in steps"), ("wall", "speed-up in seconds")):
+        row, = [line for line in readme if line.startswith(f"| {start}")]
+        for method in ("influence", "cropi"):
+            assert f"{result[f'{axis}_acceleration'][method]['median']:.2f}x" in row
 
 
 def test_integrations(toy, world, micro_run, call):
