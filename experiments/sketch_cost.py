@@ -153,8 +153,9 @@ def floor_ratios(policy, path, dim, batches, batch_tokens, rounds, folder, count
         found["sketch"].append(seconds if count_trial else seconds - trial)
         found["trial"].append(trial)
         found["shared floor"].append(floor(policy, path, best_shared, True))
-    result = {"prompts": len(sketch.load_rollouts(path)["prompts"]), "live": len(prompts_with_variance(path)),
-              "dim": dim, "batch_tokens": batch_tokens, "floor_batch_tokens": best,
+    result = {"prompts": len(sketch.load_rollouts(path)["prompts"]),
+              "prompts_with_variance": len(prompts_with_variance(path)), "dim": dim,
+              "batch_tokens": batch_tokens, "floor_batch_tokens": best,
               "shared_floor_batch_tokens": best_shared, "seconds": found}
     for under in ("floor", "shared floor"):
         result[f"sketch / {under}"] = spread([a / b for a, b in zip(found["sketch"], found[under])])

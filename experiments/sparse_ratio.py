@@ -287,8 +287,9 @@ def measure(world, args):
             "overlap": [round(overlap, 4) for overlap in overlaps],
             "mean": round(float(np.mean(overlaps)), 4), "correlation": round(float(np.mean(correlations)), 4)}
     return {"command": "python experiments/sparse_ratio.py " + " ".join(sys.argv[1:]),
-            "parameters": train.shape[1], "live_prompts": len(prompts), "selected": round(len(prompts) / 10),
-            "validation_sets": len(val_paths), "dim": args.dim, "seeds": args.seeds, "stored_as": str(stored),
+            "parameters": train.shape[1], "prompts_with_variance": len(prompts),
+            "selected": round(len(prompts) / 10), "validation_sets": len(val_paths), "dim": args.dim,
+            "seeds": args.seeds, "stored_as": str(stored),
             "torch": torch.__version__, "transformers": transformers.__version__, "curves": summary}
 
 
@@ -304,7 +305,7 @@ def plot():
             axis.fill_between(keeps, values.min(1), values.max(1), alpha=0.15, color=COLORS[kind])
         axis.plot(list(PAPER), list(PAPER.values()), "kx", label="the paper's figure (Qwen2.5-1.5B)")
         axis.set(xscale="log", xlabel="keep", ylim=(0, 1.02),
-                 title=f"{path.stem.split('_')[-1]}: {result['live_prompts']} prompts, "
+                 title=f"{path.stem.split('_')[-1]}: {result['prompts_with_variance']} prompts, "
                        f"{result['parameters'] / 1e6:.0f}M parameters, dim {result['dim']}")
     axes[0][0].set_ylabel("overlap with the exact top 10%")
     axes[0][0].legend(fontsize=7, loc="lower center")
