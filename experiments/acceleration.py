@@ -10,8 +10,8 @@ pilot             reads experiments/results/pilot/*.json; prints by which score 
 
 In acceleration.json, for every method: step_acceleration, wall_acceleration and token_acceleration (median,
 per_seed): what full data needs to reach its own smoothed final accuracy over what the method needs to reach
-the same; half_accuracy and final_accuracy of each test (mean, per_seed), smoothed; differences: of pairs of
-methods, seed by seed (mean, 95% interval by Student's t, per_seed).
+the same; half_accuracy and final_accuracy of each test (mean, per_seed), smoothed; differences: of CROPI and
+each method and of PAIRS, on the seeds that both have (mean, 95% interval by Student's t, per_seed).
 
     bash experiments/acceleration.sh
     python experiments/acceleration.py
@@ -48,9 +48,7 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
 AXES = ("steps", "seconds", "tokens")
 # Student's t, 97.5% quantile of n - 1 degrees of freedom
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # for n seeds
-PAIRS = (("cropi", "influence"), ("cropi", "full"), ("influence", "full"), ("cropi (truncated)", "cropi"),
-         ("cropi (clip)", "cropi"), ("cropi (no-ratio)", "cropi"), ("cropi (fresh)", "cropi"),
-         ("cropi (third)", "cropi"), ("cropi (alpha)", "influence (alpha)"))
+PAIRS = (("influence", "full"), ("cropi (alpha)", "influence (alpha)"))  # compared, as CROPI with each
 
 
 def store(folder, path):
@@ -147,7 +145,7 @@ def evaluate(methods, tests=TESTS):
             median = float(np.median(ratios)) if ratios else None
             result[f"{key}_acceleration"][name] = {"median": median, "per_seed": ratios}
     result["differences"] = {}
-    for one, other in PAIRS:
+    for one, other in (*(("cropi", name) for name in methods if name != "cropi"), *PAIRS):
         if one in methods and other in methods:
             shared = sorted(set(methods[one]) & set(methods[other]))
             result["differences"][f"{one} - {other}"] = {
@@ -158,14 +156,19 @@ def evaluate(methods, tests=TESTS):
 
 def table(result):
     """Lines of a Markdown table: a row per method of one world, with the number of its seeds."""
-    lines = ["| method (seeds) | targeted, step 80 | targeted, step 160 (each seed) | related | other "
-             "| speed-up in steps | in tokens |", "|---|---|---|---|---|---|---|"]
+    columns = ("method (seeds)", "targeted, step 80", "targeted, step 160 (each seed)",
+               "CROPI minus it, same seeds", "related", "other", "speed-up in steps", "in tokens")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in [name for name in ROWS if name in result["seeds"]]:
         half = result["half_accuracy"]["targeted"][name]["mean"]
         final = {test: result["final_accuracy"][test][name] for test in TESTS}
         each = ", ".join(f"{value:.3f}" for value in final["targeted"]["per_seed"])
+        difference = ""
+        if name != "cropi":
+            found = result["differences"][f"cropi - {name}"]["final"]["targeted"]
+            difference = f"{found['mean']:+.3f} ± {found['half_width_95']:.3f}"
         cells = [f"{ROWS[name]} ({len(result['seeds'][name])})", f"{half:.3f}",
-                 f"{final['targeted']['mean']:.3f} ({each})",
+                 f"{final['targeted']['mean']:.3f} ({each})", difference,
                  *(f"{final[test]['mean']:.3f}" for test in ("related", "other"))]
         for axis in ("step", "token"):
             median = result[f"{axis}_acceleration"][name]["median"]

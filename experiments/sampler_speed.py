@@ -2,12 +2,13 @@
 
 `generate` produces what the rollouts need: K responses per prompt from the full softmax (no top-k, no top-p)
 and the log-prob of each token, for which it keeps the logits of every step. The two samplers alternate in one
-process. Prints the ratio of each round and the median.
+process. Prints the ratio of each round and the median, and writes experiments/results/sampler_speed.json.
 
-    python experiments/sampler_speed.py --model runs/toy/world/base --rollouts runs/toy/rollouts/train.pt
+    python experiments/sampler_speed.py                        after run_cropi.sh
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import collect
 import train_grpo
 
@@ -45,8 +47,8 @@ def generate(policy, prompts, k, temperature, length, eos_ids):
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--model", default="runs/toy/world/base")
-    parser.add_argument("--rollouts", default="runs/toy/rollouts/train.pt")
+    parser.add_argument("--model", default=ROOT / "runs/toy/world/base")
+    parser.add_argument("--rollouts", default=ROOT / "runs/toy/rollouts/train.pt")
     parser.add_argument("--prompts", type=int, default=256, help="prompts per batch (256)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit (that of the rollouts)")
     parser.add_argument("--rounds", type=int, default=5)
@@ -70,7 +72,13 @@ def main():
             ratios.append(speeds[0] / speeds[1])
             print(f"round {number}: ours {speeds[0]:.0f} tokens/s, generate {speeds[1]:.0f} tokens/s, "
                   f"ratio {ratios[-1]:.2f}")
-    print(f"median ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+    result = {"command": "python experiments/sampler_speed.py",
+              "speedup": round(statistics.median(ratios), 2),
+              "rounds": [round(ratio, 2) for ratio in ratios], "prompts": args.prompts, "k": 8,
+              "max_new_tokens": length, "torch": torch.__version__, "transformers": transformers.__version__,
+              "threads": torch.get_num_threads()}
+    (ROOT / "experiments/results/sampler_speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"median ratio {result['speedup']} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":
