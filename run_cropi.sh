@@ -218,8 +218,7 @@ run_method() { # METHOD
                     --candidates "$CANDIDATES" --rho-max "$RHO_MAX" --batch-tokens "$BATCH_TOKENS" \
                     --dtype "$DTYPE" --seed "$SEED"
                 stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" \
-                    --val "${val[@]}" --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" \
-                    --alpha "$ALPHA" --rrf-c "$RRF_C"
+                    --val "${val[@]}" --out "$phase/selected.npy" --alpha "$ALPHA" --rrf-c "$RRF_C"
             fi
             ;;
         *) # each phase has its own seed for random choices

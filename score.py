@@ -9,8 +9,7 @@ can be shorter than n; the line that the script prints says so.
 
 Reads   --train     sketch .npy [N, dim] of the train prompts and the .json beside it, from sketch.py.
         --val       sketches of the validation sets, of the same policy and projection by their .json.
-        --rollouts  rollouts.pt of the train prompts, whose rewards the other methods select by; cropi only
-                    checks N.
+        --rollouts  rollouts.pt of the train prompts, whose rewards the other methods select by.
 Writes  --out       selected.npy: int64 [n], best first.
                     scores.npy beside it (cropi only): float32 [N, V], U_v(s0), -inf for a zero gradient;
                     and scores.json: how far each validation mean can be trusted (see `trust`).
@@ -120,22 +119,15 @@ def fail(source, found, expected, hint):
     raise SystemExit(2)
 
 
-def load_rollouts(path):
-    """rollouts.pt of collect.py; "prompts" [N], "responses" and "logprobs" [N*K] are sequences of tensors."""
+def load_rewards(path):
+    """The rewards of a rollouts.pt of collect.py, float32 [N, K]."""
     try:
         rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
         if rollouts["meta"]["format"] != FORMAT:
             raise ValueError(f"format {rollouts['meta']['format']}")
-        (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].tolist()
-        rollouts["prompts"] = rollouts["prompt_tokens"].split(rollouts["prompt_lengths"].tolist())
-        rollouts["responses"] = rollouts["response_tokens"].split(lengths)
-        rollouts["logprobs"] = rollouts["logprobs"].split(lengths)
-        found = [len(rollouts[name]) for name in ("prompts", "responses", "answers")]
-        if found != [n, n * k, n]:
-            raise ValueError(f"{found} prompts, responses, answers for rewards [{n}, {k}]")
+        return rollouts["rewards"].numpy()
     except Exception as error:  # a damaged file can raise anything
         fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
-    return rollouts
 
 
 @contextmanager
@@ -243,16 +235,13 @@ def main():
     if args.rrf_c < 0:
         fail("--rrf-c", args.rrf_c, "at least 0", "0 and 60 are common")
 
-    rewards = load_rollouts(args.rollouts)["rewards"].numpy() if args.rollouts else None
+    rewards = None if args.method == "cropi" else load_rewards(args.rollouts)
     n_prompts = len(open_sketch(args.train)[0] if rewards is None else rewards)
     n = selection_size(args.alpha, n_prompts)
     if n < 1:
         fail("--alpha", f"{float(args.alpha)} of {n_prompts} prompts", "at least one prompt", "raise it")
     if args.method in ("passrate", "learnability") and rewards.shape[1] < 2:
         fail(args.rollouts, f"K = {rewards.shape[1]}", "K >= 2", "raise --k of collect.py")
-    if args.method == "cropi" and len(open_sketch(args.train)[0]) != n_prompts:
-        fail(args.train, f"{len(open_sketch(args.train)[0])} rows", f"{n_prompts} as in --rollouts",
-             "sketch these rollouts")
     with replacing(args.out) as file:
         if args.method == "cropi":
             scores, trusts = influence(args.train, args.val)
@@ -260,7 +249,7 @@ def main():
         else:
             selected = select_baseline(args.method, rewards, n, args.seed)
         if len(selected) == 0:
-            source = args.rollouts or args.train
+            source = args.train if rewards is None else args.rollouts
             fail(source, "no prompt with a reward variance", "one", "raise K in collect.py")
         if args.method == "cropi":
             report(trusts, scores, selected)
