@@ -146,19 +146,16 @@ def replacing(path):
 
 def open_sketch(path):
     """A sketch on disk (memory-mapped, [N, dim]) and its .json."""
-    path = Path(path)
     try:
         sketch = np.load(path, mmap_mode="r", allow_pickle=False)
-        sidecar = json.loads(path.with_suffix(".json").read_text())
+        sidecar = json.loads(Path(path).with_suffix(".json").read_text())
         shape = sidecar["prompts"], sidecar["dim"]
         if sidecar["format"] != FORMAT or sketch.dtype != np.float32 or sketch.shape != shape:
             raise ValueError(f"format {sidecar['format']}, {sketch.dtype} {list(sketch.shape)}")
         return sketch, {key: sidecar[key] for key in MUST_MATCH}
-    except FileNotFoundError as error:
-        fail(error.filename, "no such file", "a sketch .npy and its .json", "make them with sketch.py")
-    except (ValueError, KeyError, EOFError, OSError) as error:  # truncated, no .npy, a pickle, other .json
+    except Exception as error:  # missing, truncated, not .npy, a pickle, another .json
         fail(path, f"no readable sketch ({error})", f"float32 [N, dim] and its .json of format {FORMAT}",
-             "sketch again")
+             "make it with sketch.py")
 
 
 def blocks(sketch, path):
@@ -230,10 +227,9 @@ def main():
         fail("--method cropi", "no --train or no --val", "both", "name sketches of sketch.py")
     if args.method != "cropi" and not args.rollouts:
         fail(f"--method {args.method}", "no --rollouts", "a rollouts.pt", "name that of the train prompts")
-    if not 0 < args.alpha <= 1:
-        fail("--alpha", float(args.alpha), "a share in (0, 1]", "the paper's is 0.1")
-    if args.rrf_c < 0:
-        fail("--rrf-c", args.rrf_c, "at least 0", "0 and 60 are common")
+    if not (0 < args.alpha <= 1 and args.rrf_c >= 0):
+        fail("--alpha, --rrf-c", f"{float(args.alpha)}, {args.rrf_c}", "0 < alpha <= 1, rrf-c >= 0",
+             "the paper: 0.1, 0")
 
     rewards = None if args.method == "cropi" else load_rewards(args.rollouts)
     n_prompts = len(open_sketch(args.train)[0] if rewards is None else rewards)

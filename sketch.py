@@ -70,8 +70,9 @@ def group_advantage(rewards):
 
     rewards: [..., K], K >= 2, one group per row. Returns the same shape.
 
-    >>> group_advantage(torch.tensor([[1., 0.], [1., 1.]])).round(decimals=3).tolist()
-    [[0.707, -0.707], [0.0, 0.0]]
+    >>> group_advantage(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    tensor([[ 0.7070, -0.7070],
+            [ 0.0000,  0.0000]])
     """
     advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # where std R may be rounding
@@ -98,14 +99,11 @@ def off_policy_surrogate(logp, logp_beta, advantages, mask, k, rho_max=math.inf)
 
 
 def kept_coordinates(numel, keep, generator):
-    """drop: the indices of the kept coordinates among `numel`, each kept with probability `keep`; ascending.
-
-    Only the gaps between them are drawn, which are geometric.
-    """
+    """drop: indices of the kept coordinates among `numel`, each kept with probability `keep`; ascending."""
     if keep == 1:
         return torch.arange(numel)
     draws = int(numel * keep + 10 * (numel * keep) ** 0.5 + 10)  # ten standard deviations above the mean
-    gaps = torch.empty(draws, dtype=torch.float64).geometric_(keep, generator=generator)
+    gaps = torch.empty(draws, dtype=torch.float64).geometric_(keep, generator=generator)  # between kept ones
     kept = gaps.cumsum(0).long() - 1
     return kept[kept < numel]
 
@@ -162,10 +160,7 @@ def output_logits(policy, hidden, temperature):
 
 
 def token_logprobs(logits, targets, mask):
-    """log pi(x_t | s_t) [B, R] of the tokens `targets` [B, R] under softmax(logits), logits [B, R, V].
-
-    mask: bool [B, R], True where a token exists; the result is 0 elsewhere.
-    """
+    """log pi(x_t | s_t) [B, R] of `targets` under softmax(logits [B, R, V]); 0 outside mask, bool [B, R]."""
     logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return logp.view(mask.shape).masked_fill(~mask, 0)
 
@@ -501,23 +496,17 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     parts = run_batches(work, plan, out, settings)
     if RANK > 0:
         return
-    log_ratios = [(0.0, 0.0)]  # (sum, maximum) of each part
-    with replacing(out) as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (n, identity["dim"])}
-        np.lib.format.write_array_header_1_0(file, header)
-        start = file.tell()
-        file.truncate(start + n * identity["dim"] * 4)  # rows of skipped prompts stay zero
+    log_ratio_sum, log_ratio_max = 0.0, 0.0  # over all tokens
+    with replacing(out) as file:  # whose rows of skipped prompts stay zero
+        np.lib.format.open_memmap(file.name, "w+", "<f4", (n, identity["dim"]))
         for (batch, _), part in zip(plan, parts):
-            sketches, *log_ratio = torch.load(part, weights_only=True)
-            log_ratios.append(log_ratio)
-            for prompt, row in zip(batch, sketches.numpy()):
-                file.seek(start + prompt * row.nbytes)
-                file.write(row)
-    sums, maxima = zip(*log_ratios)
+            sketches, part_sum, part_max = torch.load(part, weights_only=True)
+            np.load(file.name, mmap_mode="r+")[batch] = sketches.numpy()  # unmapped after each part
+            log_ratio_sum, log_ratio_max = log_ratio_sum + part_sum, max(log_ratio_max, part_max)
     tokens = int(lengths[varied].sum())
     sidecar = {**identity, "prompts": n, "candidates": len(candidates),
                "skipped": len(candidates) - len(varied), "tokens": tokens,
-               "log_ratio_mean": sum(sums) / max(1, tokens), "log_ratio_max": max(maxima),
+               "log_ratio_mean": log_ratio_sum / max(1, tokens), "log_ratio_max": log_ratio_max,
                "seconds": round(time.perf_counter() - began, 2)}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())

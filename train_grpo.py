@@ -85,8 +85,9 @@ def group_advantage(rewards):
 
     rewards: [..., K], K >= 2, one group per row. Returns the same shape.
 
-    >>> group_advantage(torch.tensor([[1., 0.], [1., 1.]])).round(decimals=3).tolist()
-    [[0.707, -0.707], [0.0, 0.0]]
+    >>> group_advantage(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    tensor([[ 0.7070, -0.7070],
+            [ 0.0000,  0.0000]])
     """
     advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
     equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # where std R may be rounding
@@ -130,10 +131,7 @@ def output_logits(policy, hidden, temperature):
 
 
 def token_logprobs(logits, targets, mask):
-    """log pi(x_t | s_t) [B, R] of the tokens `targets` [B, R] under softmax(logits), logits [B, R, V].
-
-    mask: bool [B, R], True where a token exists; the result is 0 elsewhere.
-    """
+    """log pi(x_t | s_t) [B, R] of `targets` under softmax(logits [B, R, V]); 0 outside mask, bool [B, R]."""
     logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return logp.view(mask.shape).masked_fill(~mask, 0)
 

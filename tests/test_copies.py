@@ -1,6 +1,8 @@
-"""A function that two scripts need is copied verbatim into both, and no script imports another."""
+"""Each script stands alone: what two need is copied verbatim into both; none imports another."""
 
 import ast
+import doctest
+import importlib
 import os
 import shutil
 import subprocess
@@ -71,6 +73,12 @@ def test_functions_fit_on_a_screen(script):
     long = {node.name: node.end_lineno - node.lineno + 1 for node in nodes
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.end_lineno - node.lineno >= 60}
     assert not long
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_docstring_examples(script):
+    examples = doctest.testmod(importlib.import_module(Path(script).stem))
+    assert examples.attempted > 0 and examples.failed == 0
 
 
 @pytest.mark.parametrize("script", STAGES)
