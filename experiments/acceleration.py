@@ -164,7 +164,7 @@ def table(result):
         final = {test: result["final_accuracy"][test][name] for test in TESTS}
         each = ", ".join(f"{value:.3f}" for value in final["targeted"]["per_seed"])
         difference = ""
-        if name != "cropi":
+        if f"cropi - {name}" in result["differences"]:
             found = result["differences"][f"cropi - {name}"]["final"]["targeted"]
             difference = f"{found['mean']:+.3f} ± {found['half_width_95']:.3f}"
         cells = [f"{ROWS[name]} ({len(result['seeds'][name])})", f"{half:.3f}",
