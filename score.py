@@ -229,7 +229,7 @@ def main():
         fail(f"--method {args.method}", "no --rollouts", "a rollouts.pt", "name that of the train prompts")
     if not (0 < args.alpha <= 1 and args.rrf_c >= 0):
         fail("--alpha, --rrf-c", f"{float(args.alpha)}, {args.rrf_c}", "0 < alpha <= 1, rrf-c >= 0",
-             "the paper: 0.1, 0")
+             "the paper's alpha is 0.1")
 
     rewards = None if args.method == "cropi" else load_rewards(args.rollouts)
     n_prompts = len(open_sketch(args.train)[0] if rewards is None else rewards)
