@@ -42,11 +42,7 @@ ROWS = 512  # of a sketch in memory at once
 
 # ---- the equations ----
 def selection_size(alpha, n_prompts):
-    """n = floor(alpha N), exactly: alpha is a Fraction, so 0.29 of 100 is 29 (in floats it is 28.999...).
-
-    >>> selection_size(Fraction("0.29"), 100)
-    29
-    """
+    """n = floor(alpha N), exactly: alpha is a Fraction, so 0.29 of 100 is 29 (in floats it is 28.999...)."""
     return int(alpha * n_prompts)
 
 

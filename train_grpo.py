@@ -21,14 +21,14 @@ Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its met
                      --eval-samples responses per prompt at --eval-temperature, and of one greedy response.
         --optimizer  optimizer.pt of the previous phase: AdamW's state, the step count and the place in the
                      order of prompts continue from it.
-Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimizer.pt, args.json, TensorBoard
-                     files if TensorBoard is installed, and metrics.jsonl, one JSON object per step: step
-                     (over all phases); of all that was sampled: reward, frac_reward_zero_std (share of groups
-                     with equal rewards), tokens, response_length (mean, tokens), frac_truncated (share of
-                     responses that reach the length limit), rounds; of the update: groups, kl and entropy
-                     (per token, nats), sampling_logp_difference (mean |trainer's log-prob - sampler's| per
-                     token), grad_norm; seconds (of this phase's training, without evaluation),
-                     sampling_seconds (of this step), eval.
+Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimizer.pt, args.json and
+                     metrics.jsonl, one JSON object per step: step (over all phases); of all that was sampled:
+                     reward, frac_reward_zero_std (share of groups with equal rewards), tokens,
+                     response_length (mean, tokens), frac_truncated (share of responses that reach the length
+                     limit), rounds; of the update: groups, kl and entropy (per token, nats),
+                     sampling_logp_difference (mean |trainer's log-prob - sampler's| per token), grad_norm;
+                     seconds (of this phase's training, without evaluation), sampling_seconds (of this step),
+                     eval.
 
 The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
 from the last checkpoint (--save-every) and, with the same number of threads, ends with the same bytes: random
@@ -524,14 +524,11 @@ def evaluate(sampler, tests, args):
 
 def next_prompts(selected, position, count, seed):
     """`count` prompts from a position on: epoch after epoch over `selected`, each in its own random order."""
-    prompts = []
-    for place in range(position, position + count):
-        epoch, offset = divmod(place, len(selected))
-        if not prompts or offset == 0:
-            generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
-            order = torch.randperm(len(selected), generator=generator)
-        prompts.append(selected[order[offset]])
-    return prompts
+    prompts, (first, offset) = [], divmod(position, len(selected))
+    for epoch in range(first, first + math.ceil((offset + count) / len(selected))):
+        generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
+        prompts += [selected[i] for i in torch.randperm(len(selected), generator=generator).tolist()]
+    return prompts[offset:offset + count]
 
 
 def sample_groups(sampler, rollouts, selected, position, step, args):
@@ -697,26 +694,11 @@ class Checkpoint:
             os.replace(self.part, self.out)
 
 
-class MetricsLog:
-    """metrics.jsonl and, if TensorBoard is installed, its files. rows: those of the steps that were done."""
-
-    def __init__(self, folder, rows):
-        self.path, self.rows, self.writer = folder / "metrics.jsonl", rows, None
-        if RANK == 0 and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            first = rows[-1]["step"] + 1 if rows else 1  # later steps of a killed run are dropped
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=first)
-
-    def append(self, row):
-        self.rows.append(row)
-        if RANK == 0:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        if self.writer:
-            for test, accuracy in row.get("eval", {}).items():
-                self.writer.add_scalar(f"eval/{test}", accuracy["mean"], row["step"])
-            for name in row.keys() - {"step", "seconds", "eval"}:
-                self.writer.add_scalar(name, row[name], row["step"])
+def log_metrics(path, metrics, row):
+    """Adds a step's row to this run's metrics and writes them all to metrics.jsonl."""
+    metrics.append(row)
+    if RANK == 0:
+        path.write_text("".join(json.dumps(row) + "\n" for row in metrics))
 
 
 class StopRequest:
@@ -827,7 +809,7 @@ def main():
     if step == 0:
         metrics = [{"step": 0, "seconds": 0.0, **evaluate(sampler, tests, args)}]
     seconds = metrics[-1]["seconds"] if metrics else 0.0
-    log, stop, stopped = MetricsLog(checkpoint.part, metrics), StopRequest(), False
+    stop, stopped = StopRequest(), False
     progress = tqdm(initial=done, total=args.steps, unit="step", desc=f"train {args.out}", disable=RANK > 0)
     while done < args.steps and not stopped:
         began = time.perf_counter()
@@ -840,7 +822,7 @@ def main():
         step, done, seconds = step + 1, done + 1, seconds + time.perf_counter() - began
         if done == args.steps or step % args.eval_every == 0:
             row |= evaluate(sampler, tests, args)
-        log.append({"step": step, "seconds": seconds, **row})
+        log_metrics(checkpoint.part / "metrics.jsonl", metrics, {"step": step, "seconds": seconds, **row})
         progress.set_postfix(reward=f"{row['reward']:.2f}", zero_std=f"{row['frac_reward_zero_std']:.2f}")
         progress.update()
         stopped = stop.received()

@@ -212,7 +212,7 @@ def peak_mb(*arguments):
 
 def score_speed(folder, n=20000, dim=32768, sets=6, rounds=5):
     rng, names = np.random.default_rng(0), [f"v{v}" for v in range(sets)]
-    sidecar = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim}
+    sidecar = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim, "rho_max": "inf"}
     for name, rows in {"train": n, **dict.fromkeys(names, 100)}.items():
         path = folder / f"{name}.npy"
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, dim))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_integrations(toy, world, micro_run, call):
             row = {"prompt": tokenizer.decode(rollouts["prompts"][j // k]), "response": texts[j],
                    "answer": rollouts["answers"][j // k], "reward": rollouts["rewards"].flatten()[j].item()}
             print(json.dumps(row), file=file)
-    *code, trl = blocks("docs/integrations.md")
+    *code, tensorboard, trl = blocks("docs/integrations.md")
     names = run_blocks("docs/integrations.md", code)
 
     logged = sketch.load_rollouts("logged.pt")
@@ -114,6 +115,9 @@ def test_integrations(toy, world, micro_run, call):
     examples = collect.load_examples("chosen.parquet", ["prompt"], ["answer"], "family", None)
     assert [prompt for prompt, _, _ in examples] == [row["prompt"] for row in chosen]
 
+    if importlib.util.find_spec("tensorboard"):
+        exec(compile(tensorboard, "docs/integrations.md", "exec"), names)
+        assert list(Path("tensorboard/cropi").iterdir())
     if importlib.util.find_spec("trl"):
         exec(compile(trl, "docs/integrations.md", "exec"), names)
         assert collect.load_policy("trl-policy", "cpu", "float32")
