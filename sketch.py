@@ -12,10 +12,11 @@ with probability --keep, drawn once over ALL parameters and the same for every p
 
 Reads   --model      the current policy theta; --rollouts: one or more rollouts.pt of collect.py.
 Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero where all rewards are
-                     equal (the gradient is zero) and where the prompt is no candidate. A .json of the same
-                     name holds what must match before two sketches are compared (format, policy fingerprint,
-                     seed, keep, dim, rho_max) and what was seen (prompts, candidates, those of them skipped
-                     for equal rewards, tokens, seconds, mean and maximum of |log rho|).
+                     equal (the gradient is zero). --candidates sketches a random share of the first file
+                     (the train prompts) only; its other rows are zero, too. A .json of the same name holds
+                     what must match before two sketches are compared (format, policy fingerprint, seed, keep,
+                     dim, rho_max) and what was seen (prompts, candidates, those of them skipped for equal
+                     rewards, tokens, seconds, mean and maximum of |log rho|).
 
 One backward pass serves many prompts. sketch_batch runs the forward pass (group_hidden), the backward pass of
 the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
@@ -24,10 +25,10 @@ a Linear, delta^T x) and add the kept coordinates to the sketches (Projection.ad
 unknown to prompt_gradients, or for which a trial disagrees with autograd (make_sketcher), is sketched by
 plain autograd, one prompt per pass; a line says so.
 
-A killed run, started again with the same command, resumes after its finished batches. Under torchrun (one
-file system) the ranks share the batches. The bytes are the same for any number of ranks with the same number
-of threads each (torchrun sets one; some CPUs round differently with more). Differs from the authors' release:
-all parameters are sketched (there only the embedding); log-probs are at the sampling temperature.
+A killed run, started again with the same command, resumes after its finished batches. Under torchrun, on
+a shared file system, the ranks share the batches. On CPUs the bytes are the same for any number of ranks with
+the same number of threads each (torchrun sets one; some CPUs round differently with more). The authors'
+release sketches the embedding only, and its log-probs ignore the sampling temperature.
 
     python sketch.py --model runs/toy/world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     torchrun --nproc_per_node 8 sketch.py --model MODEL --rollouts train.pt --out train.npy --dtype bfloat16
@@ -58,9 +59,9 @@ from transformers.pytorch_utils import Conv1D
 
 FORMAT = 2  # of rollouts.pt and of the sketches' .json files
 BATCHED = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: what prompt_gradients knows
-# Numbers of a layer's gradients at once, at least one prompt's: few for a CPU's cache, many for a GPU.
+# Size of a layer's per-prompt gradients that are held at a time (at least one prompt's): fits a CPU's cache.
 CHUNK = 2**26 if torch.cuda.is_available() else 2**20
-LOGITS = 2**25  # logits in memory at once, at least one response's
+LOGITS = 2**25  # logits held in memory at a time (at least those of one response)
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
 
@@ -93,7 +94,7 @@ def off_policy_surrogate(logp, logp_beta, advantages, mask, k, rho_max=math.inf)
     (truncated importance weights: Ionides 2008; IMPALA, Espeholt et al. 2018).
     """
     ratio = token_ratio(logp, logp_beta)
-    ratio = ratio * (rho_max / ratio.detach()).clamp(max=1)  # min(rho, c), as its gradient's weight too
+    ratio = ratio * (rho_max / ratio.detach()).clamp(max=1)  # min(rho, c); its gradient has this weight, too
     per_token = ratio * advantages[:, None]  # [B, T]
     return ((per_token * mask).sum(1) / mask.sum(1)).sum() / k
 
@@ -117,9 +118,9 @@ class Projection:
     """P drop(.): a linear map from all parameters to `dim` numbers, drawn on the CPU from (seed, name).
 
     P adds each kept coordinate to one random bucket of the sketch with a random sign: a sparse
-    Johnson-Lindenstrauss transform with one non-zero per column (Kane and Nelson 2014). Scaled by 1 /
-    sqrt(keep), E[P drop(x) . P drop(y)] = x . y, with S = sum_j x_j^2 y_j^2 and the variance
-    (1/keep - 1) S + (|x|^2 |y|^2 + (x . y)^2 - 2 S) / dim.
+    Johnson-Lindenstrauss transform with one non-zero per column (Kane and Nelson 2014). With the scale 1 /
+    sqrt(keep), P drop(x) . P drop(y) has the mean x . y and the variance (1/keep - 1) S + (|x|^2 |y|^2 +
+    (x . y)^2 - 2 S) / dim, where S = sum_j x_j^2 y_j^2.
     """
 
     def __init__(self, seed, keep, dim, device):
@@ -173,8 +174,8 @@ def group_hidden(base_model, prompts, responses):
     tokens [b * n, R] and the bool mask [b * n, R] of those that exist.
 
     A prompt is read once: its n responses share its cached keys and values, through which their gradients
-    flow back. Prompts are padded on the left and masked; responses are padded on the right, which no token
-    attends to. So the composition of the batch changes results by rounding only.
+    flow back. Prompts are padded on the left and masked; responses are padded on the right, after all real
+    tokens. So the composition of the batch changes results by rounding only.
     """
     pad, device, n = nn.utils.rnn.pad_sequence, base_model.device, len(responses) // len(prompts)
     prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]
@@ -219,7 +220,7 @@ def prompt_gradients(layer, x, delta):
             weight = left.mT.float() @ right.float()
     elif isinstance(layer, nn.LayerNorm):
         weight = (delta.float() * F.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps)).sum(1)
-    else:  # RMSNorm: output / weight is the normalized input
+    else:  # RMSNorm: output / weight is the normalized input; if not (Gemma), make_sketcher notices
         weight = (delta.float() * x).sum(1) / layer.weight.float()
     yield layer.weight, weight
     if getattr(layer, "bias", None) is not None:
@@ -243,6 +244,7 @@ class Sketcher:
         policy.zero_grad()  # plain autograd reads .grad
         hooked = layers if self.batched else []
         self.hooks = [layer.register_forward_hook(self.after_forward) for layer in hooked]
+        self.sums = self.output_sums = None  # where the hooks add: [b, 2 dim]; the rows of some prompts
         self.log_ratios = []  # (sum, maximum) of |log rho| over the tokens of each pass of sketch_batch
         self.calls = {}  # layer -> [(input, gradient at the output)] of its calls: prompts, responses
 
@@ -260,11 +262,12 @@ class Sketcher:
         self.calls[layer][number] = x, delta
         if None in self.calls[layer]:
             return
-        sums, by_prompt = self.output_sums if layer is self.output_layer else self.sums, []
+        sums = self.output_sums if layer is self.output_layer else self.sums
+        by_prompt = []  # input and gradient, [b, T, features]
         for tensors in zip(*self.calls.pop(layer)):
             features = tensors[0].shape[-1:] if tensors[0].is_floating_point() else ()  # token ids have none
             tensors = [tensor.reshape(len(sums), -1, *features) for tensor in tensors]
-            by_prompt.append(torch.cat(tensors, 1))  # [b, T, features]
+            by_prompt.append(torch.cat(tensors, 1))
         at_once = max(1, CHUNK // layer.weight.numel())  # prompts
         for start in range(0, len(sums), at_once):
             some = slice(start, start + at_once)
@@ -295,22 +298,21 @@ def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, tempera
     """
     assert sketcher.batched or len(prompts) == 1
     policy, projection, n = sketcher.policy, sketcher.projection, len(responses) // len(prompts)
-    advantages, beta = advantages.to(policy.device), nn.utils.rnn.pad_sequence(logp_beta, batch_first=True)
     sums = sketcher.sums = projection.zeros(len(prompts))
+    advantages = advantages.to(policy.device)
+    beta = nn.utils.rnn.pad_sequence(logp_beta, batch_first=True).float().to(policy.device)  # [b * n, R]
     hidden, targets, mask = group_hidden(policy.base_model, prompts, responses)
-    leaf, beta = hidden.detach().requires_grad_(), beta.float().to(policy.device)  # [b * n, R, H], [b * n, R]
-    rows = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))
-    block = max(n, rows // n * n)  # whole prompts, or one prompt whose responses do not fit together
-    for start in range(0, len(leaf), block):
-        end = min(start + block, len(leaf))
-        sketcher.output_sums = sums[start // n:end // n]
-        for first in range(start, end, rows):
-            some = slice(first, min(first + rows, end))
-            logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
-            logp = token_logprobs(logits, targets[some], mask[some])
-            off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k, rho_max).backward()
-            log_ratio = ((logp.detach() - beta[some]) * mask[some]).abs()
-            sketcher.log_ratios.append(torch.stack([log_ratio.sum(), log_ratio.max()]))
+    leaf = hidden.detach().requires_grad_()  # [b * n, R, H]
+    rows = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))  # that fit
+    rows = rows // n * n if rows >= n else max(i for i in range(1, rows + 1) if n % i == 0)
+    for start in range(0, len(leaf), rows):  # whole prompts, or an even share of one prompt's responses
+        some = slice(start, start + rows)
+        sketcher.output_sums = sums[start // n:(start + rows - 1) // n + 1]
+        logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
+        logp = token_logprobs(logits, targets[some], mask[some])
+        off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k, rho_max).backward()
+        log_ratio = ((logp.detach() - beta[some]) * mask[some]).abs()
+        sketcher.log_ratios.append(torch.stack([log_ratio.sum(), log_ratio.max()]))
     hidden.backward(leaf.grad)
     sketcher.add_autograd(sums)  # where batched, there is nothing: the hooks have filled the sums
     return projection.sketches(sums)
@@ -325,7 +327,7 @@ def make_sketcher(policy, projection):
     logp_beta = [torch.zeros(len(r)) for r in responses]
     advantages = torch.tensor([1.0, 0.5, 0.75, 1.0])  # of one sign: cancelling would magnify rounding
     tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1
-    problem = "another gradient than that of the model's own logits"
+    problem = "a gradient that differs from that of the model's own logits"
     sketcher, sums = Sketcher(policy, projection, batched=False), projection.zeros(2)
     for j, response in enumerate(responses):
         tokens = torch.tensor(prompts[j // 2] + response, device=policy.device)
@@ -497,7 +499,7 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     if RANK > 0:
         return
     log_ratio_sum, log_ratio_max = 0.0, 0.0  # over all tokens
-    with replacing(out) as file:  # whose rows of skipped prompts stay zero
+    with replacing(out) as file:  # only its name is used; rows of skipped prompts stay zero
         np.lib.format.open_memmap(file.name, "w+", "<f4", (n, identity["dim"]))
         for (batch, _), part in zip(plan, parts):
             sketches, part_sum, part_max = torch.load(part, weights_only=True)
@@ -540,19 +542,19 @@ def main():
     if not (0 < args.keep <= 1 and 0 < args.candidates <= 1 and args.dim >= 1 and args.rho_max > 0):
         fail("--keep, --candidates, --dim, --rho-max",
              f"{args.keep}, {args.candidates}, {args.dim}, {args.rho_max}",
-             "0 < keep, candidates <= 1; dim >= 1; rho-max > 0", "the paper: 0.1, 1, 32768, inf")
+             "0 < keep, candidates <= 1; dim >= 1; rho-max > 0", "use the paper's 0.1, 1, 32768, inf")
     if len(args.rollouts) != len(args.out):
         fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    flat = []  # files without a gradient; bad input is refused before any work
+    flat = []  # files whose prompts all have a zero gradient; bad input is refused before any work
     for path in args.rollouts:
         rewards = load_rollouts(path)["rewards"]
         if rewards.shape[1] < 2:
             fail(path, f"K = {rewards.shape[1]}", "K >= 2", "collect with a larger --k")
         if (rewards == rewards[:, :1]).all():
             flat.append(path)
-    if args.rollouts[0] in flat or flat and flat == args.rollouts[1:]:
+    if args.rollouts[0] in flat or flat and flat == args.rollouts[1:]:  # train, or all validation sets
         fail(", ".join(map(str, flat)), "no prompt with unequal rewards",
              "prompts with right and wrong responses", "collect more responses, or other prompts")
     if WORLD > 1:

@@ -73,7 +73,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 FORMAT = 2  # of rollouts.pt
 CLIP = 0.2  # eps, the paper's value; no flag: with one update per batch, clipping never applies
 ROUNDS = 10  # of dynamic sampling per step, at most
-LOGITS = 2**25  # logits in memory at once, at least one response's
+LOGITS = 2**25  # logits held in memory at a time (at least those of one response)
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
 SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # back from there
@@ -144,8 +144,8 @@ def group_hidden(base_model, prompts, responses):
     tokens [b * n, R] and the bool mask [b * n, R] of those that exist.
 
     A prompt is read once: its n responses share its cached keys and values, through which their gradients
-    flow back. Prompts are padded on the left and masked; responses are padded on the right, which no token
-    attends to. So the composition of the batch changes results by rounding only.
+    flow back. Prompts are padded on the left and masked; responses are padded on the right, after all real
+    tokens. So the composition of the batch changes results by rounding only.
     """
     pad, device, n = nn.utils.rnn.pad_sequence, base_model.device, len(responses) // len(prompts)
     prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]

@@ -144,11 +144,11 @@ def test_gradient_does_not_depend_on_its_batch(policy_and_truth, monkeypatch):
     made = []
     hook = policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
     few_logits = []
-    for rows in (9, 3):  # 9: two prompts at a time; 3: three of a prompt's four responses, then the fourth
+    for rows in (9, 3):  # that fit. 9: two prompts at a time; 3: two of a prompt's four responses
         monkeypatch.setattr(sketch, "LOGITS", rows * 8 * 29)
         few_logits.append(gradients(policy, [0, 1, 2, 3, 4]))
     hook.remove()
-    assert max(made) == 8 * 8 * 29 and made.count(3 * 8 * 29) == made.count(8 * 29) == 5
+    assert max(made) == 8 * 8 * 29 and made.count(2 * 8 * 29) == 10
     for found in (reverse, alone, row_by_row, in_chunks, *few_logits):
         assert relative_error(found, truth) <= 1e-5
 
