@@ -5,6 +5,7 @@
 # experiments/results/smollm2/ at once; runs that have such a file are not made again.
 #
 #   bash experiments/smollm2.sh                  two seeds of four methods on two CPU cores; resumable
+#   JOBS=2 OMP_NUM_THREADS=1 bash ...           two runs side by side, one thread each: 15 GB of memory
 #   SEEDS="0 1 2 3" METHODS="cropi influence full random learnability passrate" JOBS=12 \
 #       bash experiments/smollm2.sh              on a large GPU, which JOBS runs share
 #
@@ -16,8 +17,8 @@ cd "$(dirname "$0")/.."
 . ./setup.sh
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} RESULTS=experiments/results/smollm2
 export BASELINE= MODEL=runs/smollm2/base VERIFIER=math INSTRUCTION=" Answer with the number only."
-export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=bfloat16 DIM=32768
-export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-20} BATCH=16 LR=1e-5
+export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=float32 DIM=32768
+export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-20} BATCH=16 LR=1e-5 BATCH_TOKENS=2048
 METHODS=${METHODS:-cropi influence full random} SEEDS=${SEEDS:-0 1}
 mkdir -p "$RESULTS" runs/smollm2
 
