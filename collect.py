@@ -442,7 +442,7 @@ def main():
     parser.add_argument("--instruction", default="", help="text appended to every string prompt")
     parser.add_argument("--limit", type=int, help="use only the first LIMIT examples of each data set")
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="transformers or vLLM (hf)")
-    parser.add_argument("--kv-tokens", type=int, help="in the KV cache at once (hf: 65536, vllm: 262144)")
+    parser.add_argument("--kv-tokens", type=int, help="tokens in the KV cache (hf: 65536, vllm: 262144)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled responses (0)")

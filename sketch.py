@@ -76,7 +76,7 @@ def group_advantage(rewards):
             [ 0.0000,  0.0000]])
     """
     advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
-    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # where std R may be rounding
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # std R may be rounding
     return advantages.masked_fill(equal, 0)
 
 

@@ -7,12 +7,13 @@ maximizes
     A_i = (R_i - mean R) / (std R + 1e-4)                  rho = pi_theta / pi_old
     k3 = e^D - D - 1,  D = log pi_ref - log pi_theta       H = entropy of pi_theta(. | s_t)
 
-averaged over the batch's prompts. AdamW makes one update per batch: pi_old is pi_theta itself, rho is 1 with
-the gradient of log pi, and clipping never applies. pi_ref is --ref, the policy before any RL, in every phase.
+averaged over the batch's prompts. AdamW (PyTorch's default weight decay, 0.01) makes one update per batch:
+pi_old is pi_theta itself, rho is 1 with the gradient of log pi, and clipping never applies. pi_ref is --ref,
+the policy before any RL, in every phase.
 
 DAPO (Yu et al. 2025) is --dynamic-sampling, which replaces groups of equal rewards by the groups of further
-prompts, in at most 10 rounds of --batch-size prompts per step (then the batch is smaller), with --token-mean,
-a mean over all tokens of the batch instead of 1/|o_i|. Its higher upper clip could not act: rho is 1.
+prompts, in at most 10 rounds of --batch-size prompts per step (if too few remain, the batch is smaller), and
+--token-mean, which averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
 
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its meta, temperature, length limit,
                      end tokens and verifier. Its responses are not used.
@@ -31,11 +32,11 @@ Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimiz
                      eval.
 
 The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
-from the last checkpoint (--save-every) and, with the same number of threads, ends with the same bytes: random
-numbers depend on (seed, step, place in the batch) only. --dtype bfloat16 is mixed precision: weights and
-AdamW's state stay float32. Under torchrun, FSDP2 shards weights, gradients and AdamW's state, and each rank
-samples its share of the prompts; a run with another number of ranks can resume it. torchrun kills ranks 30 s
-after Ctrl-C, before a longer step has ended, unless --shutdown_timeout is larger.
+from the last checkpoint (--save-every). On a CPU with the same number of threads, it ends with the same
+policy, byte for byte: random numbers depend on (seed, step, place in the batch) only. --dtype bfloat16 is
+mixed precision: weights and AdamW's state stay float32. Under torchrun, FSDP2 shards weights, gradients and
+AdamW's state, and each rank samples its share of the prompts; another number of ranks can resume a run. After
+Ctrl-C, torchrun kills the ranks in 30 s: set --shutdown_timeout to more seconds than a step takes.
 
     python train_grpo.py --model runs/toy/world/base --rollouts train.pt --select selected.npy --out policy \\
         --eval test.pt --steps 30 --batch-size 64 --lr 1e-4
@@ -76,7 +77,7 @@ ROUNDS = 10  # of dynamic sampling per step, at most
 LOGITS = 2**25  # logits held in memory at a time (at least those of one response)
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
-SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # back from there
+SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # broadcast from it
 
 
 # ---- the equations ----
@@ -90,7 +91,7 @@ def group_advantage(rewards):
             [ 0.0000,  0.0000]])
     """
     advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
-    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # where std R may be rounding
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # std R may be rounding
     return advantages.masked_fill(equal, 0)
 
 
@@ -169,8 +170,8 @@ def group_hidden(base_model, prompts, responses):
     return hidden, targets, mask
 
 
-def base_model(policy):
-    """The policy without its output layer; under FSDP the policy itself, whose forward pass is replaced."""
+def backbone(policy):
+    """The policy without its output layer; under FSDP the policy, whose forward pass is then the same."""
     return policy if WORLD > 1 else policy.base_model
 
 
@@ -205,18 +206,18 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
     for j, prompt in enumerate(prompts):
         sizes[j] = len(prompt), max(map(len, responses[j * group:(j + 1) * group]))
     passes = []
-    for batch, rows in plan_batches(sizes, group, args.batch_tokens):
-        passes += [(batch, range(group)[first:first + rows]) for first in range(0, group, rows)]
+    for batch, n in plan_batches(sizes, group, args.batch_tokens):
+        passes += [(batch, range(group)[first:first + n]) for first in range(0, group, n)]
     for turn in range(0, len(passes), WORLD):
-        mine = turn + RANK < len(passes)  # FSDP needs all ranks in every turn; one without work has weight 0
+        mine = turn + RANK < len(passes)  # a rank without work joins FSDP's collectives with weight 0
         batch, which = passes[turn + RANK if mine else 0]
         rows = [j * group + i for j in batch for i in which]
         groups = [prompts[j] for j in batch], [responses[r] for r in rows]
-        hidden, targets, mask = group_hidden(base_model(policy), *groups)  # [b * n, R, H], [b * n, R]
+        hidden, targets, mask = group_hidden(backbone(policy), *groups)  # [b * n, R, H], [b * n, R]
         with torch.no_grad():
-            hidden_ref = group_hidden(base_model(reference), *groups)[0] if reference else None
+            hidden_ref = group_hidden(backbone(reference), *groups)[0] if reference else None
         sampled = pad([torch.tensor(logp_sampled[r]) for r in rows], batch_first=True).to(device)
-        leaf = hidden.detach().requires_grad_()  # the output layer goes first, some responses at a time
+        leaf = hidden.detach().requires_grad_()  # the output layer's backward pass comes first
         weights = advantages[torch.tensor(rows, device=device)]  # [b * n]
         at_once = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))
         for some in torch.arange(len(rows), device=device).split(at_once):
@@ -281,7 +282,8 @@ def build_policy(name, args):
             policy = load_policy(name, "cpu", "float32")  # a GPU may have room for shards only
             if RANK == 0:
                 check_forward(policy)
-            policy.forward = policy.base_model.forward  # what FSDP gathers the weights for
+            policy.forward = policy.base_model.forward  # FSDP's hooks gather weights around policy.forward
+            # GradientCheckpointingLayer is transformers' base class of decoder layers
             layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
             for module in [*layers, policy]:
                 fully_shard(module, mesh=mesh, mp_policy=precision)
@@ -474,7 +476,7 @@ class Sampler:
         meta, groups, of_ranks = rollouts["meta"], {}, [None] * WORLD
         prompts = {j: rollouts["prompts"][batch[j]].tolist() for j in range(RANK, len(batch), WORLD)}
         costs = {j: (0, k * (len(prompt) + meta["max_new_tokens"])) for j, prompt in prompts.items()}
-        budget = self.kv_tokens if self.engine == "hf" else math.inf  # vLLM schedules its cache itself
+        budget = self.kv_tokens if self.engine == "hf" else sys.maxsize  # vLLM schedules its cache itself
         for some, _ in plan_batches(costs, 1, budget):
             queries, own_seeds = [prompts[j] for j in some], [seeds[j] for j in some]
             responses, logprobs = ENGINES[self.engine](self.model, queries, k, temperature,
@@ -491,21 +493,22 @@ class Sampler:
 
 
 def pack_output_layer(model):
-    """On a CPU, vLLM forgets that it has packed a copy of a tied output layer when weights are reloaded."""
+    """Repacks a tied output layer: on a CPU, reloading weights makes vLLM drop its packed copy."""
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
 
 
-def check_sampler(difference, first):
-    """Stops if the sampler's log-probs are not the policy's (other weights); warns in the first step."""
-    found = f"log-probs that differ from the policy's by {difference:.3f} per token in the mean"
-    if RANK == 0 and not difference <= 0.5:  # or NaN
+def check_step(row, first):
+    """Stops if the gradient is not finite or the sampler's log-probs are not the policy's (other weights)."""
+    difference = row["sampling_logp_difference"]
+    found = f"log-probs that differ from the policy's by {difference:.3f} per token on average"
+    if not difference <= 0.5:  # or NaN
         fail("the sampler", found, "at most 0.5", "its weights were not updated, or the policy has diverged")
-    if RANK == 0 and difference > 0.1 and first:
+    if not math.isfinite(row["grad_norm"]):
+        fail("the update", f"a gradient norm of {row['grad_norm']}", "a finite one", "lower --lr")
+    if first and difference > 0.1 and RANK == 0:
         print(f"train_grpo.py: warning: the sampler has {found}; try --dtype float32", file=sys.stderr)
-    if not difference <= 0.5:
-        sys.exit(2)
 
 
 def evaluate(sampler, tests, args):
@@ -585,6 +588,15 @@ def load_rollouts(path):
     return rollouts
 
 
+def check_verifiers(sources, named):
+    """Refuses verifiers that are code which --verifier does not name, and a name that no file has."""
+    found = {source["meta"]["verifier"] for source in sources}
+    unnamed = found - {"exact", "math", named}
+    if unnamed or named not in (None, *found):
+        expected = f"that of the rollouts, {', '.join(unnamed or found)}"
+        fail("--verifier", named or "nothing", expected, "name it if you trust its code")
+
+
 def load_selection(path, n):
     """selected.npy of score.py as a list: indices of prompts, best first."""
     try:
@@ -637,8 +649,8 @@ class Checkpoint:
 
     def __init__(self, args, selected):
         self.out, self.part, self.args = args.out, args.out.with_name(args.out.name + ".part"), args
-        memory = ("kv_tokens", "batch_tokens", "device")  # may change when resuming
-        settings = {name: value for name, value in vars(args).items() if name not in memory}
+        may_change = ("kv_tokens", "batch_tokens", "device")  # when resuming
+        settings = {name: value for name, value in vars(args).items() if name not in may_change}
         self.settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
 
     def check_settings(self, folder):
@@ -715,10 +727,11 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
 
     def received(self):
-        """Whether any rank received it."""
+        """Whether any rank had received it when this was called."""
+        flag = self.flag.clone()  # a signal that arrives from here on counts in the next call, on all ranks
         if WORLD > 1:
-            torch.distributed.all_reduce(self.flag, torch.distributed.ReduceOp.MAX)
-        return bool(self.flag)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
 
 # ---- the command line ----
@@ -729,7 +742,7 @@ def parse_arguments():
     parser.add_argument("--ref", help="reference of the KL term, theta(0) in every phase (--model)")
     parser.add_argument("--rollouts", required=True, help="rollouts.pt with the train prompts")
     parser.add_argument("--select", required=True, help="selected.npy: the prompts to train on")
-    parser.add_argument("--verifier", help="the rollouts' own, file.py:function: it runs only if named here")
+    parser.add_argument("--verifier", help="allows the rollouts' own verifier, file.py:function, to run")
     parser.add_argument("--eval", nargs="*", default=[], help="test sets: rollouts.pt files")
     parser.add_argument("--optimizer", help="optimizer.pt of the previous phase")
     parser.add_argument("--out", required=True, type=Path, help="folder of the new policy")
@@ -749,15 +762,17 @@ def parse_arguments():
     parser.add_argument("--eval-samples", type=int, default=4, help="responses per test prompt (4)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (50)")
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="transformers or vLLM (hf)")
-    parser.add_argument("--kv-tokens", type=int, help="in the KV cache at once (hf: 65536, vllm: 262144)")
+    parser.add_argument("--kv-tokens", type=int, help="tokens in the KV cache (hf: 65536, vllm: 262144)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of arithmetic")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
     args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
     if args.group < 2:
         fail("--group", args.group, "at least 2", "std R needs two responses")
+    if args.train_temperature is not None and args.train_temperature <= 0:
+        fail("--train-temperature", args.train_temperature, "more than 0", "log-probs divide by it")
     if len({Path(path).stem for path in args.eval}) < len(args.eval):
         fail("--eval", args.eval, "files with different names", "rename one: results are stored by name")
     for name in ("steps", "batch_size", "eval_every", "save_every", "eval_samples"):
@@ -785,10 +800,7 @@ def main():
     rollouts = load_rollouts(args.rollouts)
     selected = load_selection(args.select, len(rollouts["prompts"]))
     tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
-    for name in {source["meta"]["verifier"] for source in (rollouts, *tests.values())}:
-        if name not in ("exact", "math", args.verifier):  # it would run code that the command does not name
-            fail("--verifier", args.verifier or "nothing", f"that of the rollouts, {name}",
-                 "name it if you trust its code")
+    check_verifiers([rollouts, *tests.values()], args.verifier)
     if args.train_temperature is None:
         args.train_temperature = rollouts["meta"]["temperature"]
     if args.eval_temperature is None:
@@ -817,7 +829,7 @@ def main():
         row["sampling_seconds"] = time.perf_counter() - began
         sampler.sleep()
         row |= grpo_step(policy, reference, optimizer, *groups, args)
-        check_sampler(row["sampling_logp_difference"], done == 0)
+        check_step(row, done == 0)
         sampler.update(policy)
         step, done, seconds = step + 1, done + 1, seconds + time.perf_counter() - began
         if done == args.steps or step % args.eval_every == 0:

@@ -296,3 +296,15 @@ def test_sampler_with_other_log_probs(shift, code, says, micro_run, world, tmp_p
                          "--group", 2, "--out", tmp_path / "policy")
     assert found == code and err.count("train_grpo.py: ") == bool(says) and says in err
     assert (tmp_path / "policy").exists() == (code == 0)
+
+
+def test_gradient_that_is_not_finite(micro_run, world, tmp_path, call, monkeypatch):
+    """The run stops before it writes a policy, even in the last step."""
+    original = train_grpo.token_entropy
+    monkeypatch.setattr(train_grpo, "token_entropy", lambda logits, mask: original(logits, mask) * math.inf)
+    run = micro_run[0]
+    found, _, err = call(train_grpo, "--model", world / "base", "--rollouts", run / "rollouts/train.pt",
+                         "--select", run / "cropi/phase-0/selected.npy", "--steps", 1, "--batch-size", 2,
+                         "--group", 2, "--out", tmp_path / "policy")
+    assert found == 2 and "error: the update: found a gradient norm of nan" in err
+    assert not (tmp_path / "policy").exists()

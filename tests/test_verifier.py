@@ -116,8 +116,10 @@ def test_graded_rewards_work_all_the_way(graded, world, tmp_path, call):
         assert set(np.load(selected)) == set(np.flatnonzero(unequal))
     arguments = ("--model", base, "--rollouts", rollouts, "--select", selected, "--steps", 2,
                  "--batch-size", 4)
-    refused, _, error = call(train_grpo, *arguments, "--out", tmp_path / "no")
-    assert refused == 2 and verifier in error and error.count("\n") == 1 and not (tmp_path / "no").exists()
+    for named in ((), ("--verifier", "exact")):  # its code must be named; another name would be ignored
+        refused, _, error = call(train_grpo, *arguments, "--out", tmp_path / "no", *named)
+        assert refused == 2 and verifier in error and error.count("\n") == 1
+        assert not (tmp_path / "no").exists()
     assert call(train_grpo, *arguments, "--out", tmp_path / "policy", "--verifier", verifier)[0] == 0
     rows = [json.loads(line) for line in open(tmp_path / "policy/metrics.jsonl")]
     assert all(0 < row["reward"] < 1 for row in rows[1:])
