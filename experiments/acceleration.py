@@ -157,7 +157,7 @@ def evaluate(methods, tests=TESTS):
 def table(result):
     """Lines of a Markdown table: a row per method of one world, with the number of its seeds."""
     columns = ("method (seeds)", "targeted, step 80", "targeted, step 160 (each seed)",
-               "CROPI minus it, same seeds", "related", "other", "speed-up in steps", "in tokens")
+               "CROPI minus it, same seeds", "related", "other", "speed-up in steps", "tokens", "seconds")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in [name for name in ROWS if name in result["seeds"]]:
         half = result["half_accuracy"]["targeted"][name]["mean"]
@@ -170,7 +170,7 @@ def table(result):
         cells = [f"{ROWS[name]} ({len(result['seeds'][name])})", f"{half:.3f}",
                  f"{final['targeted']['mean']:.3f} ({each})", difference,
                  *(f"{final[test]['mean']:.3f}" for test in ("related", "other"))]
-        for axis in ("step", "token"):
+        for axis in ("step", "token", "wall"):
             median = result[f"{axis}_acceleration"][name]["median"]
             cells.append(f"{median:.2f}" if median else "never")
         lines.append(f"| {' | '.join(cells)} |")
