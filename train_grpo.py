@@ -77,7 +77,7 @@ ROUNDS = 10  # of dynamic sampling per step, at most
 LOGITS = 2**25  # logits held in memory at a time (at least those of one response)
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
-SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # broadcast from it
+SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # to load them
 
 
 # ---- the equations ----
@@ -765,7 +765,7 @@ def parse_arguments():
     parser.add_argument("--kv-tokens", type=int, help="tokens in the KV cache (hf: 65536, vllm: 262144)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per micro-batch (8192)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of matmuls")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
     args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
