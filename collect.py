@@ -359,36 +359,23 @@ def run_batches(work, plan, out, settings):
 
 
 def sample_batch(args, tokenizer, policy, prompts, answers, eos_ids, batch):
-    """Samples and verifies K responses to each of the b prompts `batch`: their part of a rollouts.pt."""
-    k, responses, logprobs = args.k, [], []
+    """K verified responses to each prompt of `batch`: [(tokens, lengths [K], log-probs, rewards [K])]."""
+    k, responses, logprobs, rows = args.k, [], [], []
     if k:
         queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, i) for i in batch]
         responses, logprobs = ENGINES[args.engine](policy, queries, k, args.temperature, args.max_new_tokens,
                                                    eos_ids, seeds)
     texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-    rewards = [verify(text, answers[batch[j // k]], args.verifier) for j, text in enumerate(texts)]
-    lengths = torch.tensor([len(response) for response in responses], dtype=torch.int64)
-    return {"response_tokens": flat(responses, torch.int32), "response_lengths": lengths.view(len(batch), k),
-            "logprobs": flat(logprobs, torch.float32), "rewards": torch.tensor(rewards).view(len(batch), k)}
+    for number, i in enumerate(batch):
+        own = slice(number * k, (number + 1) * k)
+        lengths = torch.tensor([len(response) for response in responses[own]], dtype=torch.int64)
+        rewards = torch.tensor([verify(text, answers[i], args.verifier) for text in texts[own]])
+        rows.append((flat(responses[own], torch.int32), lengths, flat(logprobs[own], torch.float32), rewards))
+    return rows
 
 
 def flat(lists, dtype):
     return torch.tensor([x for row in lists for x in row], dtype=dtype)
-
-
-def merge_parts(plan, parts):
-    """The files of sample_batch as one dict, in the order of the prompts. Each tensor is copied once."""
-    parts = [torch.load(part, weights_only=True, mmap=True) for part in parts]
-    order = torch.tensor([i for batch in plan for i in batch]).argsort()  # where each prompt is in the parts
-    merged = {}
-    for name in parts[0]:
-        pieces = []  # of each prompt
-        for part in parts:
-            ragged = name in ("response_tokens", "logprobs")
-            pieces += part[name].split(part["response_lengths"].sum(1).tolist() if ragged else 1)
-        merged[name] = torch.cat([pieces[i] for i in order])
-    merged["response_lengths"] = merged["response_lengths"].flatten()
-    return merged
 
 
 def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, out):
@@ -408,16 +395,20 @@ def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples,
                         settings)
     if RANK > 0:
         return
-    merged = merge_parts(plan, parts)
+    rows = {}  # prompt -> its row of sample_batch
+    for batch, part in zip(plan, parts):
+        rows.update(zip(batch, torch.load(part, weights_only=True, mmap=True)))
+    tokens, lengths, logprobs, rewards = map(torch.cat, zip(*(rows[i] for i in range(len(prompts)))))
+    rewards = rewards.view(len(prompts), k)
     with replacing(out) as file:
         torch.save({"prompt_tokens": flat(prompts, torch.int32),
-                    "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]), **merged,
-                    "answers": answers, "families": families, "meta": meta}, file)
-    rewards = merged["rewards"]
+                    "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]),
+                    "response_tokens": tokens, "response_lengths": lengths, "logprobs": logprobs,
+                    "rewards": rewards, "answers": answers, "families": families, "meta": meta}, file)
     varied = (rewards != rewards[:, :1]).any(1).float().mean()  # those that have a gradient in sketch.py
     summary = f"{out}: {len(prompts)} prompts"
     if k:
-        summary += (f" x {k} responses, {len(merged['response_tokens'])} tokens; mean reward "
+        summary += (f" x {k} responses, {len(tokens)} tokens; mean reward "
                     f"{rewards.mean():.3f}, {varied:.0%} of prompts with unequal rewards")
     print(summary)
 
