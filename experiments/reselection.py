@@ -64,8 +64,8 @@ def draw(result, path):
     labels = {"useful": "targeted prompts in the pool per selected one",
               "repetitions": "times a selected prompt is seen in a phase"}
     for axis, (name, label) in zip(axes, labels.items()):
-        for place, color in (("half", "#e59866"), ("end", "#c0392b")):
-            x = [float(value) for value in result[name]]
+        for place, color, shift in (("half", "#e59866", 0.99), ("end", "#c0392b", 1.01)):
+            x = [float(value) * shift for value in result[name]]  # error bars beside one another
             y = [point[place]["mean"] for point in result[name].values()]
             axis.errorbar(x, y, [point[place]["half_width_95"] for point in result[name].values()],
                           color=color, marker="o", capsize=3, label=place)
@@ -77,7 +77,7 @@ def draw(result, path):
         m, mean, low, high = zip(*points)
         axes[2].plot(m, mean, color=color, marker="o", label=f"{name} prompts")
         axes[2].fill_between(m, low, high, color=color, alpha=0.15, lw=0)
-    axes[2].set(xlabel="phases of training", ylabel="mean cosine with the validation means, targeted")
+    axes[2].set(xlabel="phases of training", ylabel="cosine with the validation means")
     axes[2].legend(frameon=False)
     for axis in axes:
         axis.grid(alpha=0.25)
