@@ -10,7 +10,7 @@
 #       bash experiments/smollm2.sh              on a large GPU, which JOBS runs share
 #
 # The pool: 648 train prompts, 54 of each targeted kind (chain_sum, gcd; a sixth of the pool) and 90 of each
-# of six others. ALPHA selects 32; each of them is trained on 10 times in a phase. Test sets: 100 prompts of
+# of six others. ALPHA selects 32; each of them is trained on 5 times in a phase. Test sets: 100 prompts of
 # each targeted kind, 17 of each other kind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +18,7 @@ cd "$(dirname "$0")/.."
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} RESULTS=experiments/results/smollm2
 export BASELINE= MODEL=runs/smollm2/base VERIFIER=math INSTRUCTION=" Answer with the number only."
 export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=float32 DIM=32768
-export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-20} BATCH=16 LR=1e-5 BATCH_TOKENS=2048
+export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-10} BATCH=16 LR=1e-5 BATCH_TOKENS=2048 EVAL_EVERY=5 EVAL_SAMPLES=1
 METHODS=${METHODS:-cropi influence full random} SEEDS=${SEEDS:-0 1}
 mkdir -p "$RESULTS" runs/smollm2
 
@@ -31,6 +31,12 @@ fi
 run() { # METHOD SEED
     local data=runs/smollm2/seed-$2 out=$RESULTS/seed-$2-$1.json
     [ ! -e "$out" ] || return 0
+    # CROPI and influence once have the same phase 0, byte for byte: it is made once, with its seconds
+    if [ "$1" = influence ] && [ ! -e "$data/influence" ] && [ -e "$data/cropi/phase-1" ]; then
+        mkdir "$data/influence"
+        cp -r "$data/cropi/phase-0" "$data/influence/"
+        grep ^phase-0- "$data/cropi/seconds.tsv" >"$data/influence/seconds.tsv"
+    fi
     METHOD=$1 SEED=$2 RUN=$data TRAIN=$data/train.jsonl \
         VAL="chain_sum=$data/val_chain_sum.jsonl gcd=$data/val_gcd.jsonl" \
         TEST="targeted=$data/test_targeted.jsonl other=$data/test_other.jsonl" \
