@@ -26,8 +26,7 @@ Writes  --out    one for each of --data, or one for all of them (a pool of sever
 A killed run, started again with the same command, resumes after its finished batches. Under torchrun (one
 file system) the ranks share the batches. The bytes are the same for any number of ranks with the same number
 of threads each (torchrun sets one; some CPUs round differently with more). --engine vllm samples with vLLM in
-this process: faster on a GPU, but not bit-reproducible. Differs from the authors' release: tokens are stored
-as sampled (re-tokenized text loses the end token), and log-probs are at the sampling temperature.
+this process: faster on a GPU, but not bit-reproducible.
 
     python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --out rollouts.pt \\
         --instruction ' Put the final answer in \\boxed{}.'
@@ -37,6 +36,7 @@ as sampled (re-tokenized text loses the end token), and log-probs are at the sam
 """
 
 import argparse
+import glob
 import hashlib
 import importlib.util
 import json
@@ -84,9 +84,7 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 
     end = torch.tensor(eos_ids, device=device)
     active = torch.arange(len(mask), device=device)  # rows that have not ended
-    drawn = torch.zeros(len(mask), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(mask), max_new_tokens, device=device)
-    lengths = torch.zeros(len(mask), dtype=torch.long, device=device)
+    responses, logprobs = [[] for _ in range(len(mask))], [[] for _ in range(len(mask))]
     for t in range(max_new_tokens):
         logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [active, V]
         if temperature:
@@ -95,8 +93,9 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
         else:
             token = logp.argmax(-1, keepdim=True)
-        drawn[active, t], logprobs[active, t] = token[:, 0], logp.gather(1, token)[:, 0]
-        lengths[active] = t + 1
+        for row, x, logp_x in zip(active.tolist(), token.tolist(), logp.gather(1, token).tolist()):
+            responses[row] += x
+            logprobs[row] += logp_x
         unfinished = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
         if len(unfinished) == 0 or t + 1 == max_new_tokens:
             break
@@ -106,8 +105,7 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                         past_key_values=cache).logits[:, -1]
-    drawn, logprobs, lengths = drawn.tolist(), logprobs.tolist(), lengths.tolist()
-    return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
+    return responses, logprobs
 
 
 def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
@@ -134,8 +132,8 @@ def load_function(name):
     """The function that 'path/to/file.py:function' names. Runs the file."""
     path, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location("verifier", path)
+        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file raises
@@ -243,8 +241,7 @@ def end_tokens(name, tokenizer):
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name))
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-    return ids or fail(name, "no end token", "eos_token_id in generation_config.json or in the tokenizer",
-                       "add one")
+    return ids or fail(name, "no end token", "one in generation_config.json or the tokenizer", "add it")
 
 
 # ---- the prompts ----
@@ -285,13 +282,19 @@ def encode_prompt(prompt, instruction, tokenizer):
         if tokenizer.chat_template is None:
             return tokenizer(prompt).input_ids
         prompt = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template already contains special tokens
+    elif tokenizer.chat_template is None:
+        fail(tokenizer.name_or_path, "no chat template", "one, since a prompt is a list of chat messages",
+             "choose a chat model or string prompts")
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True).input_ids
 
 
 def read_prompts(args, tokenizer, sources):
     """Prompts as token ids, answers and families of all `sources`, N each."""
-    config, prompts, answers, families = AutoConfig.from_pretrained(args.model).get_text_config(), [], [], []
+    prompts, answers, families = [], [], []
+    try:
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+    except Exception as error:  # missing, damaged, of an unknown kind of model
+        fail(args.model, f"no usable config.json ({error})", "a Hugging Face checkpoint", "check --model")
     limit = getattr(config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
     for source in sources:
         examples = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
@@ -309,7 +312,7 @@ def read_prompts(args, tokenizer, sources):
 # ---- batches, files, ranks ----
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(2 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
+    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
@@ -340,42 +343,36 @@ def replacing(path):
 
 
 def run_batches(work, plan, out, settings):
-    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the files.
+    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the results.
 
     Each rank does every WORLD-th batch, unless its file exists. Returns when all ranks have finished.
     """
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    folder = out.with_name(f"{out.name}.{digest[:16]}.parts")
-    with replacing(out if out.is_dir() else folder / f"rank-{RANK}"):
-        pass  # so that a wrong --out fails before any work
-    for number in tqdm(range(RANK, len(plan), WORLD), desc=str(out), unit="batch", disable=RANK > 0):
-        part = folder / f"{number}.pt"
-        if not part.exists():
-            with replacing(part) as file:
+    parts = [out.with_name(f"{out.name}.{digest[:16]}.parts") / f"{i}.pt" for i in range(len(plan))]
+    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
+        if not parts[number].exists():
+            with replacing(out if out.is_dir() else parts[number]) as file:  # a wrong --out fails before work
                 torch.save(work(plan[number]), file)
     if WORLD > 1:
         torch.distributed.barrier()
-    return [folder / f"{number}.pt" for number in range(len(plan))]
+    return (torch.load(part, weights_only=True, mmap=True) for part in parts)
 
 
 def sample_batch(args, tokenizer, policy, prompts, answers, eos_ids, batch):
-    """K verified responses to each prompt of `batch`: [(tokens, lengths [K], log-probs, rewards [K])]."""
-    k, responses, logprobs, rows = args.k, [], [], []
+    """K verified responses to each prompt of `batch`: {prompt: (tokens, lengths [K], log-probs, rewards)}."""
+    k, responses, logprobs, rows = args.k, [], [], {}
     if k:
         queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, i) for i in batch]
         responses, logprobs = ENGINES[args.engine](policy, queries, k, args.temperature, args.max_new_tokens,
                                                    eos_ids, seeds)
-    texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     for number, i in enumerate(batch):
         own = slice(number * k, (number + 1) * k)
+        tokens = torch.tensor(sum(responses[own], []), dtype=torch.int32)
         lengths = torch.tensor([len(response) for response in responses[own]], dtype=torch.int64)
         rewards = torch.tensor([verify(text, answers[i], args.verifier) for text in texts[own]])
-        rows.append((flat(responses[own], torch.int32), lengths, flat(logprobs[own], torch.float32), rewards))
+        rows[i] = tokens, lengths, torch.tensor(sum(logprobs[own], [])), rewards
     return rows
-
-
-def flat(lists, dtype):
-    return torch.tensor([x for row in lists for x in row], dtype=dtype)
 
 
 def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, out):
@@ -384,24 +381,24 @@ def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples,
     meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k,
             "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids,
             "verifier": args.verifier, "seed": args.seed}
-    costs = [k * (len(prompt) + args.max_new_tokens) for prompt in prompts]
+    costs = [len(prompt) + args.max_new_tokens for prompt in prompts]  # of one response
     # vLLM schedules its cache itself; 1024 responses per batch keep it busy
-    budget = args.kv_tokens if args.engine == "hf" else max(costs) * max(1, 1024 // max(1, k))
-    plan = batches_by_tokens(costs, budget)
+    budget = args.kv_tokens if args.engine == "hf" else 1024 * max(costs)
+    plan = batches_by_tokens(costs, budget // max(1, k))
     own = Path(args.verifier.rpartition(":")[0])
     settings = [meta, prompts, answers, policy_fingerprint, args.engine, args.dtype, args.kv_tokens,
                 own.read_text() if own.is_file() else ""]  # a verifier that was edited is another one
-    parts = run_batches(partial(sample_batch, args, tokenizer, policy, prompts, answers, eos_ids), plan, out,
-                        settings)
+    work = partial(sample_batch, args, tokenizer, policy, prompts, answers, eos_ids)
+    results = run_batches(work, plan, out, settings)
     if RANK > 0:
         return
     rows = {}  # prompt -> its row of sample_batch
-    for batch, part in zip(plan, parts):
-        rows.update(zip(batch, torch.load(part, weights_only=True, mmap=True)))
+    for result in results:
+        rows |= result
     tokens, lengths, logprobs, rewards = map(torch.cat, zip(*(rows[i] for i in range(len(prompts)))))
     rewards = rewards.view(len(prompts), k)
     with replacing(out) as file:
-        torch.save({"prompt_tokens": flat(prompts, torch.int32),
+        torch.save({"prompt_tokens": torch.tensor([x for row in prompts for x in row], dtype=torch.int32),
                     "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]),
                     "response_tokens": tokens, "response_lengths": lengths, "logprobs": logprobs,
                     "rewards": rewards, "answers": answers, "families": families, "meta": meta}, file)
@@ -466,7 +463,7 @@ def main():
     for sources, examples, out in zip(pools, read, args.out):
         collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, out)
     for out in args.out if RANK == 0 else ():
-        for folder in out.parent.glob(f"{out.name}.*.parts"):
+        for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
             shutil.rmtree(folder)
     if WORLD > 1 and args.engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()

@@ -12,29 +12,26 @@ with probability --keep, drawn once over ALL parameters and the same for every p
 
 Reads   --model      the current policy theta; --rollouts: one or more rollouts.pt of collect.py.
 Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero where all rewards are
-                     equal (the gradient is zero). --candidates sketches a random share of the first file
-                     (the train prompts) only; its other rows are zero, too. A .json of the same name holds
-                     what must match before two sketches are compared (format, policy fingerprint, seed, keep,
-                     dim, rho_max) and what was seen (prompts, candidates, those of them skipped for equal
-                     rewards, tokens, seconds, mean and maximum of |log rho|).
+                     equal and, in the first file (the train prompts), for all but a share of --candidates.
+                     The .json beside it holds what must match before two sketches are compared (format,
+                     policy fingerprint, seed, keep, dim, rho_max) and what was seen (prompts, candidates,
+                     those of them skipped for equal rewards, tokens, seconds, mean and maximum |log rho|).
 
-One backward pass serves many prompts. sketch_batch runs the forward pass (group_hidden), the backward pass of
-the output layer and that of the other layers. The weights are frozen; at each layer, hooks (Sketcher) combine
-the layer's input x with the gradient delta at its output into one gradient per prompt (prompt_gradients; for
-a Linear, delta^T x) and add the kept coordinates to the sketches (Projection.add). A model with a layer
-unknown to prompt_gradients, or for which a trial disagrees with autograd (make_sketcher), is sketched by
-plain autograd, one prompt per pass; a line says so.
+One backward pass serves many prompts: at each layer, hooks (Sketcher) combine the input with the gradient at
+the output into one gradient per prompt (prompt_gradients) and add the kept coordinates to the sketches
+(Projection.add). A model with a layer unknown to prompt_gradients, or for which a trial disagrees with
+autograd (make_sketcher), is sketched by plain autograd, one prompt per pass; a line says so.
 
 A killed run, started again with the same command, resumes after its finished batches. Under torchrun, on
 a shared file system, the ranks share the batches. On CPUs the bytes are the same for any number of ranks with
-the same number of threads each (torchrun sets one; some CPUs round differently with more). The authors'
-release sketches the embedding only, and its log-probs ignore the sampling temperature.
+the same number of threads each (torchrun sets one; some CPUs round differently with more).
 
     python sketch.py --model runs/toy/world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     torchrun --nproc_per_node 8 sketch.py --model MODEL --rollouts train.pt --out train.npy --dtype bfloat16
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import math
@@ -53,6 +50,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -177,23 +175,23 @@ def group_hidden(base_model, prompts, responses):
     flow back. Prompts are padded on the left and masked; responses are padded on the right, after all real
     tokens. So the composition of the batch changes results by rounding only.
     """
-    pad, device, n = nn.utils.rnn.pad_sequence, base_model.device, len(responses) // len(prompts)
+    device, n = base_model.device, len(responses) // len(prompts)
     prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]
-    tokens = pad(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
-    lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [b, 1]
-    positions = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative on padding
-    attention, cache = (positions >= 0).long(), DynamicCache(config=base_model.config)
-    hidden = base_model(tokens, attention_mask=attention, position_ids=positions.clamp(min=0),
-                        past_key_values=cache)[0]
+    tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
+    exist = [torch.ones_like(p) for p in prompts]
+    attention = pad_sequence(exist, batch_first=True, padding_side="left").to(device)  # [b, P]
+    positions, cache = (attention.cumsum(1) - 1).clamp(min=0), DynamicCache(config=base_model.config)
+    hidden = base_model(tokens, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
     hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
 
-    targets = pad(responses, batch_first=True).to(device)  # [b * n, R]
-    steps = torch.arange(targets.shape[1], device=device)
-    mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]  # [b * n, R]
-    if len(steps) > 1:
+    targets = pad_sequence(responses, batch_first=True).to(device)  # [b * n, R]
+    exist = [torch.ones_like(r).bool() for r in responses]
+    mask = pad_sequence(exist, batch_first=True).to(device)  # [b * n, R]
+    if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
-        inputs, positions = targets[:, :-1], lengths.repeat_interleave(n, 0) + steps[:-1]
+        inputs = targets[:, :-1]
         attention = torch.cat([attention.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
+        positions = attention.cumsum(1)[:, tokens.shape[1]:] - 1
         later = base_model(inputs, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
         hidden = torch.cat([hidden, later], 1)
     return hidden, targets, mask
@@ -203,13 +201,11 @@ def prompt_gradients(layer, x, delta):
     """Gradients of a layer's parameters for each of b prompts: yields (parameter, float32 [b, *its shape]).
 
     x: the layer's input (of an RMSNorm, its output); delta: the gradient at its output. Both [b, T,
-    features], T over the tokens of all of a prompt's rows; the x of an embedding is ids [b, T].
+    features], T over the tokens of all of a prompt's rows; the x of an embedding is ids [b, T, 1].
     """
     if isinstance(layer, nn.Embedding):
-        b, features = len(delta), delta.shape[-1]
-        rows = x + layer.num_embeddings * torch.arange(b, device=x.device)[:, None]
-        weight = torch.zeros(b * layer.num_embeddings, features, device=x.device)
-        weight = weight.index_add_(0, rows.flatten(), delta.flatten(0, 1).float()).view(b, -1, features)
+        weight = torch.zeros(len(delta), *layer.weight.shape, device=x.device)
+        weight.scatter_add_(1, x.expand_as(delta), delta.float())
         if layer.padding_idx is not None:
             weight[:, layer.padding_idx] = 0  # as in autograd: the padding id has no gradient
     elif isinstance(layer, (nn.Linear, Conv1D)):
@@ -235,44 +231,37 @@ class Sketcher:
     """
 
     def __init__(self, policy, projection, batched=True):
-        self.policy, self.projection, self.output_layer = policy, projection, policy.get_output_embeddings()
+        self.policy, self.projection = policy, projection
         self.names = {parameter: name for name, parameter in policy.named_parameters()}
-        layers = [m for m in policy.modules() if next(m.parameters(recurse=False), None) is not None]
+        layers = [m for m in policy.modules() if list(m.parameters(recurse=False))]
         known = [type(m) in BATCHED or type(m).__name__.endswith("RMSNorm") for m in layers]  # no subclasses
         self.batched = batched and all(known)
         policy.requires_grad_(not self.batched)
         policy.zero_grad()  # plain autograd reads .grad
-        hooked = layers if self.batched else []
-        self.hooks = [layer.register_forward_hook(self.after_forward) for layer in hooked]
-        self.sums = self.output_sums = None  # where the hooks add: [b, 2 dim]; the rows of some prompts
-        self.log_ratios = []  # (sum, maximum) of |log rho| over the tokens of each pass of sketch_batch
+        self.hooks = [layer.register_forward_hook(self.after_forward) for layer in layers if self.batched]
+        self.sums = None  # [b, 2 dim], where the hooks add the gradients of a backward pass over b prompts
+        self.log_ratios = []  # (sum, maximum) of |log rho| over the tokens of each backward pass
         self.calls = {}  # layer -> [(input, gradient at the output)] of its calls: prompts, responses
 
     def after_forward(self, layer, inputs, output):
         """Forward hook: keeps the input (an RMSNorm's output) until the gradient at the output arrives."""
-        x = inputs[0].detach() if isinstance(layer, BATCHED) else output.detach()
-        if not output.requires_grad:  # an embedding's: the graph starts here, since the weights are frozen
-            output.requires_grad_()
+        x = (inputs[0] if isinstance(layer, BATCHED) else output).detach()
+        output.requires_grad_()  # the graph starts at the embeddings' outputs, since the weights are frozen
         calls = self.calls.setdefault(layer, [])
         calls.append(None)
         output.register_hook(partial(self.after_backward, layer, len(calls) - 1, x))
 
     def after_backward(self, layer, number, x, delta):
         """Backward hook: adds the layer's contribution when the gradients of all its calls are known."""
-        self.calls[layer][number] = x, delta
+        delta = delta.reshape(len(self.sums), -1, delta.shape[-1])  # [b, T, features]
+        self.calls[layer][number] = x.reshape(*delta.shape[:2], -1), delta
         if None in self.calls[layer]:
             return
-        sums = self.output_sums if layer is self.output_layer else self.sums
-        by_prompt = []  # input and gradient, [b, T, features]
-        for tensors in zip(*self.calls.pop(layer)):
-            features = tensors[0].shape[-1:] if tensors[0].is_floating_point() else ()  # token ids have none
-            tensors = [tensor.reshape(len(sums), -1, *features) for tensor in tensors]
-            by_prompt.append(torch.cat(tensors, 1))
+        xs, deltas = (torch.cat(tensors, 1) for tensors in zip(*self.calls.pop(layer)))
         at_once = max(1, CHUNK // layer.weight.numel())  # prompts
-        for start in range(0, len(sums), at_once):
-            some = slice(start, start + at_once)
-            for parameter, gradients in prompt_gradients(layer, *(tensor[some] for tensor in by_prompt)):
-                self.projection.add(self.names[parameter], gradients, sums[some])
+        for x, delta, sums in zip(xs.split(at_once), deltas.split(at_once), self.sums.split(at_once)):
+            for parameter, gradients in prompt_gradients(layer, x, delta):
+                self.projection.add(self.names[parameter], gradients, sums)
 
     def add_autograd(self, sums):
         """Adds to sums [1, 2 dim] what plain autograd has left in the parameters' .grad; clears it."""
@@ -287,32 +276,41 @@ class Sketcher:
 
 
 def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, temperature, rho_max=math.inf):
-    """What n of the K trajectories of each of b prompts contribute to g~ [b, dim]; b = 1 if not batched.
+    """What n of the K trajectories of each of b prompts contribute to g~ [b, dim].
 
     prompts: b sequences of token ids. responses (b * n sequences), logp_beta (b * n tensors [|tau|]) and
     advantages [b * n] are prompt-major.
 
-    There are two backward passes, because the logits of a batch do not fit into memory at a vocabulary of
-    150,000. They are computed, differentiated and freed for a few responses at a time, from a copy of the
-    hidden states that is cut off from the graph; then the other layers have one pass for all responses.
+    The logits of a batch with a vocabulary of 150,000 do not fit into memory. So the output layer has passes
+    of its own, over a few responses each, from a copy of the hidden states; the other layers have one.
     """
-    assert sketcher.batched or len(prompts) == 1
     policy, projection, n = sketcher.policy, sketcher.projection, len(responses) // len(prompts)
-    sums = sketcher.sums = projection.zeros(len(prompts))
+    if len(prompts) > 1 and not sketcher.batched:  # plain autograd: one prompt per pass
+        sketches = []
+        for i, prompt in enumerate(prompts):
+            own = slice(i * n, (i + 1) * n)
+            sketches.append(sketch_batch(sketcher, [prompt], responses[own], logp_beta[own], advantages[own],
+                                         k, temperature, rho_max))
+        return torch.cat(sketches)
+    sums = projection.zeros(len(prompts))
     advantages = advantages.to(policy.device)
-    beta = nn.utils.rnn.pad_sequence(logp_beta, batch_first=True).float().to(policy.device)  # [b * n, R]
+    beta = pad_sequence(logp_beta, batch_first=True).float().to(policy.device)  # [b * n, R]
     hidden, targets, mask = group_hidden(policy.base_model, prompts, responses)
     leaf = hidden.detach().requires_grad_()  # [b * n, R, H]
-    rows = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))  # that fit
-    rows = rows // n * n if rows >= n else max(i for i in range(1, rows + 1) if n % i == 0)
-    for start in range(0, len(leaf), rows):  # whole prompts, or an even share of one prompt's responses
-        some = slice(start, start + rows)
-        sketcher.output_sums = sums[start // n:(start + rows - 1) // n + 1]
-        logits = output_logits(policy, leaf[some], temperature)  # [rows, R, V]
+    at_once = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))  # that fit
+    if at_once >= n:  # whole prompts, or an even share of one prompt's responses
+        at_once = at_once // n * n
+    else:
+        at_once = max(i for i in range(1, at_once + 1) if n % i == 0)
+    for start in range(0, len(leaf), at_once):
+        some = slice(start, start + at_once)
+        sketcher.sums = sums[start // n:(start + at_once - 1) // n + 1]
+        logits = output_logits(policy, leaf[some], temperature)  # [at_once, R, V]
         logp = token_logprobs(logits, targets[some], mask[some])
         off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k, rho_max).backward()
-        log_ratio = ((logp.detach() - beta[some]) * mask[some]).abs()
+        log_ratio = (logp.detach() - beta[some]).abs()  # 0 - 0 outside the mask
         sketcher.log_ratios.append(torch.stack([log_ratio.sum(), log_ratio.max()]))
+    sketcher.sums = sums
     hidden.backward(leaf.grad)
     sketcher.add_autograd(sums)  # where batched, there is nothing: the hooks have filled the sums
     return projection.sketches(sums)
@@ -336,14 +334,10 @@ def make_sketcher(policy, projection):
         sketcher.add_autograd(sums[j // 2:j // 2 + 1])
     truth = projection.sketches(sums)
     for batched in (True, False):
-        sketcher, found = Sketcher(policy, projection, batched), []
-        b = 2 if sketcher.batched else 1  # prompts per pass
+        sketcher = Sketcher(policy, projection, batched)
         try:
-            for i in range(0, 2, b):
-                rows = slice(2 * i, 2 * i + 2 * b)
-                found.append(sketch_batch(sketcher, prompts[i:i + b], responses[rows], logp_beta[rows],
-                                          advantages[rows], 2, 1.0))
-            error = (torch.cat(found) - truth).norm(dim=1) / truth.norm(dim=1)
+            found = sketch_batch(sketcher, prompts, responses, logp_beta, advantages, 2, 1.0)
+            error = (found - truth).norm(dim=1) / truth.norm(dim=1)
             if (error <= tolerance).all():  # false for NaN
                 if not sketcher.batched and RANK == 0:
                     print("sketch.py: plain autograd for this model, one prompt per pass", file=sys.stderr)
@@ -378,7 +372,7 @@ def fingerprint(policy):
 # ---- batches, files, ranks ----
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(2 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
+    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
@@ -435,45 +429,34 @@ def replacing(path):
 
 
 def run_batches(work, plan, out, settings):
-    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the files.
+    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the results.
 
     Each rank does every WORLD-th batch, unless its file exists. Returns when all ranks have finished.
     """
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    folder = out.with_name(f"{out.name}.{digest[:16]}.parts")
-    with replacing(out if out.is_dir() else folder / f"rank-{RANK}"):
-        pass  # so that a wrong --out fails before any work
-    for number in tqdm(range(RANK, len(plan), WORLD), desc=str(out), unit="batch", disable=RANK > 0):
-        part = folder / f"{number}.pt"
-        if not part.exists():
-            with replacing(part) as file:
+    parts = [out.with_name(f"{out.name}.{digest[:16]}.parts") / f"{i}.pt" for i in range(len(plan))]
+    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
+        if not parts[number].exists():
+            with replacing(out if out.is_dir() else parts[number]) as file:  # a wrong --out fails before work
                 torch.save(work(plan[number]), file)
     if WORLD > 1:
         torch.distributed.barrier()
-    return [folder / f"{number}.pt" for number in range(len(plan))]
+    return (torch.load(part, weights_only=True, mmap=True) for part in parts)
 
 
 def sketch_prompts(sketcher, rollouts, rho_max, micro_batch):
-    """g~ [b, dim] of the prompts of a micro-batch, in passes over `rows` of the K responses to each.
-
-    Returns them with the sum and the maximum of |log rho| over the tokens.
-    """
-    (prompts, rows), sketches, sketcher.log_ratios = micro_batch, [], []
-    for batch in [prompts] if sketcher.batched else [[i] for i in prompts]:
-        tokens, sketch = [rollouts["prompts"][i] for i in batch], 0
-        advantages = group_advantage(rollouts["rewards"][batch])  # [b, K]
-        k = advantages.shape[1]
-        for first in range(0, k, rows):
-            end, responses, logprobs = min(first + rows, k), [], []
-            for i in batch:
-                responses += rollouts["responses"][i * k + first:i * k + end]
-                logprobs += rollouts["logprobs"][i * k + first:i * k + end]
-            sketch = sketch + sketch_batch(sketcher, tokens, responses, logprobs,
-                                           advantages[:, first:end].flatten(), k,
-                                           rollouts["meta"]["temperature"], rho_max)
-        sketches.append(sketch.cpu())
+    """g~ [b, dim] of a micro-batch (prompts, rows), and the sum and maximum of |log rho| over its tokens."""
+    (prompts, rows), sketches = micro_batch, 0
+    advantages = group_advantage(rollouts["rewards"][prompts])  # [b, K]
+    k, sketcher.log_ratios = advantages.shape[1], []
+    for first in range(0, k, rows):
+        at = [i * k + j for i in prompts for j in range(k)[first:first + rows]]
+        sketches = sketches + sketch_batch(
+            sketcher, [rollouts["prompts"][i] for i in prompts], [rollouts["responses"][j] for j in at],
+            [rollouts["logprobs"][j] for j in at], advantages[:, first:first + rows].flatten(), k,
+            rollouts["meta"]["temperature"], rho_max)
     sums, maxima = torch.stack(sketcher.log_ratios).cpu().T
-    return torch.cat(sketches), float(sums.sum()), float(maxima.max())
+    return sketches.cpu(), float(sums.sum()), float(maxima.max())
 
 
 def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
@@ -484,25 +467,22 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
     began, rollouts = time.perf_counter(), load_rollouts(path)
     (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].view_as(rollouts["rewards"])
     generator = torch.Generator().manual_seed(stream_seed(identity["seed"], identity["policy"]))
-    order = torch.randperm(n, generator=generator)
-    candidates = order[:int(share * n)].sort().values
-    rewards = rollouts["rewards"][candidates]
-    varied = candidates[(rewards != rewards[:, :1]).any(1)].tolist()
+    candidates = torch.randperm(n, generator=generator)[:int(share * n)].sort().values
+    varied = candidates[rollouts["rewards"][candidates].diff().any(1)].tolist()  # with unequal rewards
     if share < 1 and not varied:
         fail(path, "no candidate with unequal rewards", "at least one", "raise --candidates")
-    longest = lengths.amax(1).tolist()
-    plan = plan_batches({i: (len(rollouts["prompts"][i]), longest[i]) for i in varied}, k, batch_tokens)
+    sizes = {i: (len(rollouts["prompts"][i]), int(lengths[i].max())) for i in varied}
+    plan = plan_batches(sizes, k, batch_tokens)
     with open(path, "rb") as file:
         settings = [identity, batch_tokens, str(share), hashlib.file_digest(file, "sha256").hexdigest()]
     work = partial(sketch_prompts, sketcher, rollouts, float(identity["rho_max"]))
-    parts = run_batches(work, plan, out, settings)
+    results = run_batches(work, plan, out, settings)
     if RANK > 0:
         return
     log_ratio_sum, log_ratio_max = 0.0, 0.0  # over all tokens
     with replacing(out) as file:  # only its name is used; rows of skipped prompts stay zero
         np.lib.format.open_memmap(file.name, "w+", "<f4", (n, identity["dim"]))
-        for (batch, _), part in zip(plan, parts):
-            sketches, part_sum, part_max = torch.load(part, weights_only=True)
+        for (batch, _), (sketches, part_sum, part_max) in zip(plan, results):
             np.load(file.name, mmap_mode="r+")[batch] = sketches.numpy()  # unmapped after each part
             log_ratio_sum, log_ratio_max = log_ratio_sum + part_sum, max(log_ratio_max, part_max)
     tokens = int(lengths[varied].sum())
@@ -554,7 +534,7 @@ def main():
             fail(path, f"K = {rewards.shape[1]}", "K >= 2", "collect with a larger --k")
         if (rewards == rewards[:, :1]).all():
             flat.append(path)
-    if args.rollouts[0] in flat or flat and flat == args.rollouts[1:]:  # train, or all validation sets
+    if args.rollouts[0] in flat or (flat and flat == args.rollouts[1:]):  # train, or all validation sets
         fail(", ".join(map(str, flat)), "no prompt with unequal rewards",
              "prompts with right and wrong responses", "collect more responses, or other prompts")
     if WORLD > 1:
@@ -562,13 +542,13 @@ def main():
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
     policy = load_policy(args.model, args.device, args.dtype)
     identity = {"format": FORMAT, "policy": fingerprint(policy), "seed": args.seed, "keep": args.keep,
-                "dim": args.dim, "rho_max": str(args.rho_max)}
+                "dim": args.dim, "rho_max": str(args.rho_max)}  # JSON has no infinity
     sketcher = make_sketcher(policy, Projection(args.seed, args.keep, args.dim, policy.device))
     for number, (path, out) in enumerate(zip(args.rollouts, args.out)):
         share = 1 if number else args.candidates
         sketch_file(sketcher, path, out, identity, args.batch_tokens, share)
     for out in args.out if RANK == 0 else ():
-        for folder in out.parent.glob(f"{out.name}.*.parts"):
+        for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
             shutil.rmtree(folder)
     if WORLD > 1:
         torch.distributed.destroy_process_group()

@@ -1,15 +1,14 @@
 """Stage 4 of CROPI: GRPO on the selected prompts only; the next phase starts from the policy it writes.
 
 For each prompt of a step's batch, G responses o_1 .. o_G are sampled from the current policy. The update
-maximizes
+maximizes, averaged over the prompts,
 
     J(theta) = 1/G sum_i 1/|o_i| sum_t [min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - lambda_KL k3 + lambda_H H]
     A_i = (R_i - mean R) / (std R + 1e-4)                  rho = pi_theta / pi_old
     k3 = e^D - D - 1,  D = log pi_ref - log pi_theta       H = entropy of pi_theta(. | s_t)
 
-averaged over the batch's prompts. AdamW (PyTorch's default weight decay, 0.01) makes one update per batch:
-pi_old is pi_theta itself, rho is 1 with the gradient of log pi, and clipping never applies. pi_ref is --ref,
-the policy before any RL, in every phase.
+pi_ref is --ref, the policy before any RL, in every phase. AdamW (PyTorch's default weight decay, 0.01) makes
+one update per batch: pi_old is pi_theta itself, rho is 1 with the gradient of log pi, nothing is clipped.
 
 DAPO (Yu et al. 2025) is --dynamic-sampling, which replaces groups of equal rewards by the groups of further
 prompts, in at most 10 rounds of --batch-size prompts per step (if too few remain, the batch is smaller), and
@@ -22,14 +21,12 @@ Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its met
                      --eval-samples responses per prompt at --eval-temperature, and of one greedy response.
         --optimizer  optimizer.pt of the previous phase: AdamW's state, the step count and the place in the
                      order of prompts continue from it.
-Writes  --out        a Hugging Face checkpoint (safetensors, tokenizer), optimizer.pt, args.json and
-                     metrics.jsonl, one JSON object per step: step (over all phases); of all that was sampled:
-                     reward, frac_reward_zero_std (share of groups with equal rewards), tokens,
-                     response_length (mean, tokens), frac_truncated (share of responses that reach the length
-                     limit), rounds; of the update: groups, kl and entropy (per token, nats),
-                     sampling_logp_difference (mean |trainer's log-prob - sampler's| per token), grad_norm;
-                     seconds (of this phase's training, without evaluation), sampling_seconds (of this step),
-                     eval.
+Writes  --out        a Hugging Face checkpoint, optimizer.pt, args.json and metrics.jsonl, one line per step:
+            step (over all phases), seconds (of this phase, without evaluation), sampling_seconds, eval;
+            of all that was sampled: reward, frac_reward_zero_std (share of groups with equal rewards),
+            tokens, response_length (mean), frac_truncated (share that reach the length limit), rounds;
+            of the update: groups, kl and entropy (per token, in nats), grad_norm, sampling_logp_difference
+            (mean |trainer's log-prob - sampler's| per token).
 
 The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
 from the last checkpoint (--save-every). On a CPU with the same number of threads, it ends with the same
@@ -64,9 +61,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -110,16 +107,14 @@ def token_entropy(logits, mask):
 def grpo_objective(logp, logp_old, logp_ref, entropy, advantages, mask, clip, kl_coef, entropy_coef):
     """1/|o_i| sum_t [ min(rho A_i, clip(rho, 1 - clip, 1 + clip) A_i) - kl_coef k3 + entropy_coef H ].
 
-    logp, logp_old, logp_ref: [B, T] log-probs of the response tokens under pi_theta, pi_old and pi_ref (None:
-    no KL term). entropy: [B, T]. advantages: [B]. mask: bool [B, T], True where a token exists. Returns [B],
-    one number per response; J is its mean.
+    logp, logp_old, logp_ref: [B, T] log-probs of the response tokens under pi_theta, pi_old and pi_ref.
+    entropy: [B, T]. advantages: [B]. mask: bool [B, T], True where a token exists. Returns [B], one number
+    per response; J is its mean.
     """
     ratio = (logp - logp_old).exp()  # [B, T]
     advantages = advantages[:, None]
     tokens = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    tokens = tokens + entropy_coef * entropy
-    if logp_ref is not None:
-        tokens = tokens - kl_coef * kl_k3(logp, logp_ref)
+    tokens = tokens - kl_coef * kl_k3(logp, logp_ref) + entropy_coef * entropy
     return (tokens * mask).sum(1) / mask.sum(1)
 
 
@@ -148,23 +143,23 @@ def group_hidden(base_model, prompts, responses):
     flow back. Prompts are padded on the left and masked; responses are padded on the right, after all real
     tokens. So the composition of the batch changes results by rounding only.
     """
-    pad, device, n = nn.utils.rnn.pad_sequence, base_model.device, len(responses) // len(prompts)
+    device, n = base_model.device, len(responses) // len(prompts)
     prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]
-    tokens = pad(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
-    lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # [b, 1]
-    positions = torch.arange(-tokens.shape[1], 0, device=device) + lengths  # [b, P], negative on padding
-    attention, cache = (positions >= 0).long(), DynamicCache(config=base_model.config)
-    hidden = base_model(tokens, attention_mask=attention, position_ids=positions.clamp(min=0),
-                        past_key_values=cache)[0]
+    tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
+    exist = [torch.ones_like(p) for p in prompts]
+    attention = pad_sequence(exist, batch_first=True, padding_side="left").to(device)  # [b, P]
+    positions, cache = (attention.cumsum(1) - 1).clamp(min=0), DynamicCache(config=base_model.config)
+    hidden = base_model(tokens, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
     hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
 
-    targets = pad(responses, batch_first=True).to(device)  # [b * n, R]
-    steps = torch.arange(targets.shape[1], device=device)
-    mask = steps < torch.tensor([len(r) for r in responses], device=device)[:, None]  # [b * n, R]
-    if len(steps) > 1:
+    targets = pad_sequence(responses, batch_first=True).to(device)  # [b * n, R]
+    exist = [torch.ones_like(r).bool() for r in responses]
+    mask = pad_sequence(exist, batch_first=True).to(device)  # [b * n, R]
+    if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
-        inputs, positions = targets[:, :-1], lengths.repeat_interleave(n, 0) + steps[:-1]
+        inputs = targets[:, :-1]
         attention = torch.cat([attention.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
+        positions = attention.cumsum(1)[:, tokens.shape[1]:] - 1
         later = base_model(inputs, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
         hidden = torch.cat([hidden, later], 1)
     return hidden, targets, mask
@@ -201,7 +196,7 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
     command line's train_temperature, kl_coef, entropy_coef, token_mean, max_grad_norm and batch_tokens.
     """
     group, tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
-    pad, advantages = nn.utils.rnn.pad_sequence, group_advantage(rewards).flatten().to(device)  # [B*G]
+    advantages = group_advantage(rewards).flatten().to(device)  # [B*G]
     sums, sizes = torch.zeros(3, device=device), {}  # over all tokens: of k3, H and |logp - logp_sampled|
     for j, prompt in enumerate(prompts):
         sizes[j] = len(prompt), max(map(len, responses[j * group:(j + 1) * group]))
@@ -216,15 +211,16 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
         hidden, targets, mask = group_hidden(backbone(policy), *groups)  # [b * n, R, H], [b * n, R]
         with torch.no_grad():
             hidden_ref = group_hidden(backbone(reference), *groups)[0] if reference else None
-        sampled = pad([torch.tensor(logp_sampled[r]) for r in rows], batch_first=True).to(device)
+        sampled = [torch.tensor(logp_sampled[r]) for r in rows]
+        sampled = pad_sequence(sampled, batch_first=True).to(device)  # [b * n, R]
         leaf = hidden.detach().requires_grad_()  # the output layer's backward pass comes first
         weights = advantages[torch.tensor(rows, device=device)]  # [b * n]
         at_once = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))
         for some in torch.arange(len(rows), device=device).split(at_once):
             logits = output_logits(policy, leaf[some], args.train_temperature)  # [at_once, R, V]
             logp = token_logprobs(logits, targets[some], mask[some])
-            entropy, logp_ref = token_entropy(logits, mask[some]), None
-            if reference:
+            entropy, logp_ref = token_entropy(logits, mask[some]), logp.detach()
+            if reference:  # otherwise k3 and its gradient are 0
                 with torch.no_grad():
                     logits = output_logits(reference, hidden_ref[some], args.train_temperature)
                     logp_ref = token_logprobs(logits, targets[some], mask[some])
@@ -233,9 +229,8 @@ def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, re
             if args.token_mean:  # weights |o_i| / mean |o|
                 objective = objective * mask[some].sum(1) * (len(responses) / tokens)
             (-objective.sum() * mine * WORLD / len(responses)).backward()  # FSDP takes the mean over ranks
-            k3 = kl_k3(logp.detach(), logp_ref) if reference else torch.zeros_like(logp)
-            difference = (logp.detach() - sampled[some]).abs()
-            sums += mine * torch.stack([(k3 * mask[some]).sum(), entropy.detach().sum(), difference.sum()])
+            seen = kl_k3(logp, logp_ref), entropy, (logp - sampled[some]).abs()  # 0 where there is no token
+            sums += mine * torch.stack([x.detach().sum() for x in seen])
         hidden.backward(leaf.grad)
     if WORLD > 1:
         torch.distributed.all_reduce(sums)
@@ -271,8 +266,8 @@ def build_policy(name, args):
     if WORLD == 1:  # mixed precision: an update of 1e-6 would be rounded away in bfloat16 weights
         policy = load_policy(name, args.device, "float32")
         check_forward(policy)
+        autocast = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
         for module in (policy, policy.base_model, policy.get_output_embeddings()):
-            autocast = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
             module.forward = autocast(module.forward)
         return policy
     precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32)
@@ -319,9 +314,7 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 
     end = torch.tensor(eos_ids, device=device)
     active = torch.arange(len(mask), device=device)  # rows that have not ended
-    drawn = torch.zeros(len(mask), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(mask), max_new_tokens, device=device)
-    lengths = torch.zeros(len(mask), dtype=torch.long, device=device)
+    responses, logprobs = [[] for _ in range(len(mask))], [[] for _ in range(len(mask))]
     for t in range(max_new_tokens):
         logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [active, V]
         if temperature:
@@ -330,8 +323,9 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
         else:
             token = logp.argmax(-1, keepdim=True)
-        drawn[active, t], logprobs[active, t] = token[:, 0], logp.gather(1, token)[:, 0]
-        lengths[active] = t + 1
+        for row, x, logp_x in zip(active.tolist(), token.tolist(), logp.gather(1, token).tolist()):
+            responses[row] += x
+            logprobs[row] += logp_x
         unfinished = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
         if len(unfinished) == 0 or t + 1 == max_new_tokens:
             break
@@ -341,8 +335,7 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                         past_key_values=cache).logits[:, -1]
-    drawn, logprobs, lengths = drawn.tolist(), logprobs.tolist(), lengths.tolist()
-    return [row[:n] for row, n in zip(drawn, lengths)], [row[:n] for row, n in zip(logprobs, lengths)]
+    return responses, logprobs
 
 
 def load_vllm(name, dtype, kv_tokens, context):
@@ -394,8 +387,8 @@ def load_function(name):
     """The function that 'path/to/file.py:function' names. Runs the file."""
     path, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location("verifier", path)
+        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file raises
@@ -473,7 +466,7 @@ class Sampler:
         Every rank samples its share and receives the others'. Returns B groups (k responses, k lists of
         log-probs, k rewards).
         """
-        meta, groups, of_ranks = rollouts["meta"], {}, [None] * WORLD
+        meta, groups = rollouts["meta"], {}
         prompts = {j: rollouts["prompts"][batch[j]].tolist() for j in range(RANK, len(batch), WORLD)}
         costs = {j: (0, k * (len(prompt) + meta["max_new_tokens"])) for j, prompt in prompts.items()}
         budget = self.kv_tokens if self.engine == "hf" else sys.maxsize  # vLLM schedules its cache itself
@@ -487,6 +480,7 @@ class Sampler:
                 rewards = [verify(text, answer, meta["verifier"]) for text in texts[rows]]
                 groups[j] = responses[rows], logprobs[rows], rewards
         if WORLD > 1:
+            of_ranks = [None] * WORLD
             torch.distributed.all_gather_object(of_ranks, groups)
             groups = {j: group for share in of_ranks for j, group in share.items()}
         return [groups[j] for j in range(len(batch))]
@@ -535,10 +529,7 @@ def next_prompts(selected, position, count, seed):
 
 
 def sample_groups(sampler, rollouts, selected, position, step, args):
-    """The groups of a step as grpo_step takes them: prompts, responses, logprobs, rewards.
-
-    Returns them, the position after the last prompt, and the metrics of all that was sampled.
-    """
+    """A step's groups as grpo_step takes them, the next position, and the metrics of all that was sampled."""
     sampled, size = [], args.batch_size  # sampled: (prompt, responses, logprobs, rewards) of each group
     for turn in range(ROUNDS if args.dynamic_sampling else 1):
         batch = next_prompts(selected, position, size, args.seed)
@@ -549,7 +540,9 @@ def sample_groups(sampler, rollouts, selected, position, step, args):
         unequal = [group for group in sampled if max(group[3]) > min(group[3])]
         if len(unequal) >= size:
             break
-    kept = (unequal[:size] or sampled[-size:]) if args.dynamic_sampling else sampled
+    kept = sampled
+    if args.dynamic_sampling:
+        kept = unequal[:size] or sampled[-size:]  # none is unequal: their advantages are 0
     prompts, responses, logprobs, rewards = zip(*kept)
     groups = prompts, sum(responses, []), sum(logprobs, []), torch.tensor(rewards)
     responses, rewards = sum((group[1] for group in sampled), []), [group[3] for group in sampled]
@@ -564,7 +557,7 @@ def sample_groups(sampler, rollouts, selected, position, step, args):
 # ---- files and ranks ----
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(2 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
+    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)
@@ -648,7 +641,7 @@ class Checkpoint:
     """The folder OUT.part in which a run works, and the checkpoint in it that a run resumes from."""
 
     def __init__(self, args, selected):
-        self.out, self.part, self.args = args.out, args.out.with_name(args.out.name + ".part"), args
+        self.out, self.part = args.out, args.out.with_name(args.out.name + ".part")
         may_change = ("kv_tokens", "batch_tokens", "device")  # when resuming
         settings = {name: value for name, value in vars(args).items() if name not in may_change}
         self.settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
@@ -663,20 +656,17 @@ class Checkpoint:
     def restore(self, policy, optimizer):
         """Loads this run's checkpoint, if there is one, or else the state of --optimizer.
 
-        Returns step (over all phases), done (steps of this run), position (in the order of prompts) and
-        metrics (of this run).
+        Returns step (over all phases), done (steps of this run), position (in the order of prompts), metrics.
         """
-        self.lock = lock_folder(self.part, self.out)
-        state, path = {"step": 0, "done": 0, "position": 0, "metrics": []}, self.args.optimizer
+        state, path = {"step": 0, "done": 0, "position": 0, "metrics": []}, self.settings["optimizer"]
         if (self.part / "checkpoint.pt").exists():
             self.check_settings(self.part)
             path = self.part / "checkpoint.pt"
         try:
             if path:
                 state |= torch.load(path, weights_only=True, mmap=True)  # nothing is read yet
-                states.set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=SHARDS)
-            if "weights" in state:
-                states.set_model_state_dict(policy, state.pop("weights"), options=SHARDS)
+                states.set_state_dict(policy, optimizer, model_state_dict=state.pop("weights", {}),
+                                      optim_state_dict=state.pop("optimizer"), options=SHARDS)
         except Exception as error:  # missing, damaged, or of another model
             fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
         for group in optimizer.param_groups:
@@ -696,7 +686,8 @@ class Checkpoint:
         """Writes the policy and optimizer.pt, with `state` (step, position), and renames OUT.part to OUT."""
         weights, state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
         if RANK == 0:
-            trained = policy if WORLD == 1 else load_policy(self.args.model, "cpu", "float32")
+            # sharded, tied weights come back as two: a whole model stores them once
+            trained = policy if WORLD == 1 else load_policy(self.settings["model"], "cpu", "float32")
             trained.load_state_dict(weights)
             trained.save_pretrained(self.part)
             tokenizer.save_pretrained(self.part)
@@ -751,8 +742,7 @@ def parse_arguments():
     parser.add_argument("--group", type=int, default=8, help="responses per prompt, G (8)")
     parser.add_argument("--lr", type=float, default=1e-6, help="AdamW's learning rate, constant (1e-6)")
     parser.add_argument("--train-temperature", type=float, help="of the responses trained on (the rollouts')")
-    parser.add_argument("--eval-temperature", type=float,
-                        help="of the sampled test responses (--train-temperature); 0: greedy only")
+    parser.add_argument("--eval-temperature", type=float, help="of tests (--train-temperature); 0: greedy")
     parser.add_argument("--dynamic-sampling", action="store_true", help="replace groups of equal rewards")
     parser.add_argument("--token-mean", action="store_true", help="J as a mean over the batch's tokens")
     parser.add_argument("--kl-coef", type=float, default=1e-3, help="lambda_KL (0.001); 0: no reference")
@@ -769,15 +759,16 @@ def parse_arguments():
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
     args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
-    if args.group < 2:
-        fail("--group", args.group, "at least 2", "std R needs two responses")
     if args.train_temperature is not None and args.train_temperature <= 0:
         fail("--train-temperature", args.train_temperature, "more than 0", "log-probs divide by it")
+    if args.eval_temperature is not None and args.eval_temperature < 0:
+        fail("--eval-temperature", args.eval_temperature, "0 (greedy) or more", "leave it out")
     if len({Path(path).stem for path in args.eval}) < len(args.eval):
         fail("--eval", args.eval, "files with different names", "rename one: results are stored by name")
-    for name in ("steps", "batch_size", "eval_every", "save_every", "eval_samples"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')}", getattr(args, name), "at least 1", "see --help")
+    least = {"steps": 1, "batch_size": 1, "group": 2, "eval_every": 1, "eval_samples": 1, "save_every": 1}
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            fail(f"--{name.replace('_', '-')}", getattr(args, name), f"at least {bound}", "see --help")
     return args
 
 
@@ -801,8 +792,7 @@ def main():
     selected = load_selection(args.select, len(rollouts["prompts"]))
     tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
     check_verifiers([rollouts, *tests.values()], args.verifier)
-    if args.train_temperature is None:
-        args.train_temperature = rollouts["meta"]["temperature"]
+    args.train_temperature = args.train_temperature or rollouts["meta"]["temperature"]
     if args.eval_temperature is None:
         args.eval_temperature = args.train_temperature
     checkpoint = Checkpoint(args, selected)
@@ -810,6 +800,7 @@ def main():
         checkpoint.check_settings(args.out)
         print(f"{args.out}: complete, nothing to do")
         return
+    checkpoint.lock = lock_folder(checkpoint.part, args.out)
     tokenizer = load_tokenizer(args.model)
     sampler = Sampler(args, tokenizer, [rollouts, *tests.values()])  # first: vLLM starts with an empty GPU
     policy = build_policy(args.model, args)

@@ -214,6 +214,13 @@ def test_bad_data(text, says, files, refuses, tmp_path):
     refuses(collect, "--model", files["base"], "--data", data, "--max-new-tokens", 8, names=data, says=says)
 
 
+def test_chat_messages_without_a_chat_template(files, refuses, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}) + "\n")
+    refuses(collect, "--model", files["base"], "--data", data, "--max-new-tokens", 8,
+            names=files["base"], says="found no chat template")
+
+
 def test_missing_data(files, refuses, tmp_path):
     refuses(collect, "--model", files["base"], "--data", tmp_path / "no.jsonl",
             names="no.jsonl", says="Unable to find")
@@ -223,6 +230,10 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(files["base"] / name, tmp_path / name)
     refuses(collect, "--model", tmp_path, "--data", files["data"], names=tmp_path, says="found no tokenizer")
+    shutil.copytree(files["base"], tmp_path / "damaged")
+    (tmp_path / "damaged/config.json").write_text("{")
+    refuses(collect, "--model", tmp_path / "damaged", "--data", files["data"], "--max-new-tokens", 8,
+            names=tmp_path / "damaged", says="found no")
     empty = tmp_path / "empty"
     empty.mkdir()
     refuses(sketch, "--model", empty, "--rollouts", files["rollouts"],
@@ -261,6 +272,14 @@ def test_bad_selection(kind, files, refuses, tmp_path):
         np.save(bad, np.array([3, 120]))
     refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"], "--select", bad,
             "--steps", 1, names=bad, says="no usable selection", out=tmp_path / "policy")
+
+
+@pytest.mark.parametrize("flag, value", [("--train-temperature", 0), ("--eval-temperature", -1),
+                                         ("--group", 1), ("--steps", 0)])
+def test_training_flags_out_of_range(flag, value, files, refuses, tmp_path):
+    refuses(train_grpo, "--model", files["base"], "--rollouts", files["rollouts"],
+            "--select", files["selected"], "--steps", 1, flag, value,
+            names=flag, says=f"found {value}", out=tmp_path / "policy")
 
 
 def test_training_folder_of_other_settings(files, refuses, tmp_path):

@@ -100,8 +100,7 @@ def gradients(policy, batch, batched=True, rows=None):
 
 def sketches(sketcher, batch, first=0, end=K):
     """What a Sketcher makes of trajectories first .. end - 1 of the prompts `batch`."""
-    passes = [batch] if sketcher.batched else [[i] for i in batch]
-    return torch.cat([sketch.sketch_batch(sketcher, *arguments(one, first, end)) for one in passes])
+    return sketch.sketch_batch(sketcher, *arguments(batch, first, end))
 
 
 def arguments(batch, first=0, end=K):
@@ -230,9 +229,8 @@ def test_batched_gradients_are_the_looped_ones(name):
     delta = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     flat = delta.reshape(3, -1, delta.shape[-1])
     seen = output.detach() if type(module).__name__.endswith("RMSNorm") else x
-    features = seen.shape[-1:] if seen.is_floating_point() else ()
     with torch.no_grad():
-        found = dict(sketch.prompt_gradients(module, seen.reshape(*flat.shape[:2], *features), flat))
+        found = dict(sketch.prompt_gradients(module, seen.reshape(*flat.shape[:2], -1), flat))
     assert found.keys() == set(module.parameters())
     module.double()
     x = x.double() if x.is_floating_point() else x

@@ -51,7 +51,7 @@ def test_objective_and_gradient_in_closed_form():
             clipped[outside and a != 0] += 1
         assert found[i].item() == pytest.approx(total / lengths[i], abs=1e-12)
     assert min(clipped.values()) >= 5
-    free = train_grpo.grpo_objective(logp, old, None, entropy, advantages, mask, CLIP, KL, ENTROPY)
+    free = train_grpo.grpo_objective(logp, old, logp.detach(), entropy, advantages, mask, CLIP, KL, ENTROPY)
     penalty = (train_grpo.kl_k3(logp, ref) * mask).sum(1) / mask.sum(1)
     torch.testing.assert_close(found, free - KL * penalty)
 

@@ -79,9 +79,20 @@ def test_enough_pairs():
 
 
 OWN = """
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+
+@dataclass
+class Key:
+    text: str
+
+
 def share(response, answer):  # of the answer's letters that the response has in their places
-    answer = __import__("json").loads(answer)["text"]
-    return sum(a == b for a, b in zip(response, answer)) / len(answer)
+    key = Key(**json.loads(answer))
+    return sum(a == b for a, b in zip(response, key.text)) / len(key.text)
 """
 
 
