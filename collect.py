@@ -214,15 +214,6 @@ def load_vllm(name, dtype, kv_tokens, context):
              "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
 
 
-def fingerprint(policy):
-    """sha256 of the parameters' names and bytes: equal for equal policies."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(policy.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def load_tokenizer(name):
     try:
         folder = Path(name)
@@ -375,7 +366,7 @@ def sample_batch(args, tokenizer, policy, prompts, answers, eos_ids, batch):
     return rows
 
 
-def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, out):
+def collect_file(args, tokenizer, policy, sources, examples, out):
     """Collects one rollouts.pt. examples: what read_prompts returned."""
     (prompts, answers, families), k, eos_ids = examples, args.k, end_tokens(args.model, tokenizer)
     meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k,
@@ -385,9 +376,12 @@ def collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples,
     # vLLM schedules its cache itself; 1024 responses per batch keep it busy
     budget = args.kv_tokens if args.engine == "hf" else 1024 * max(costs)
     plan = batches_by_tokens(costs, budget // max(1, k))
-    own = Path(args.verifier.rpartition(":")[0])
-    settings = [meta, prompts, answers, policy_fingerprint, args.engine, args.dtype, args.kv_tokens,
-                own.read_text() if own.is_file() else ""]  # a verifier that was edited is another one
+    settings = [meta, prompts, answers, args.engine, args.dtype, args.kv_tokens]
+    weights = sorted(Path(args.model).glob("*model*")) if k else []  # a hub model is known by its name
+    for path in [Path(args.verifier.rpartition(":")[0]), *weights]:  # a changed file does not resume
+        if path.is_file():
+            with open(path, "rb") as file:
+                settings.append(hashlib.file_digest(file, "sha256").hexdigest())
     work = partial(sample_batch, args, tokenizer, policy, prompts, answers, eos_ids)
     results = run_batches(work, plan, out, settings)
     if RANK > 0:
@@ -450,18 +444,16 @@ def main():
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
-    tokenizer, policy, policy_fingerprint = load_tokenizer(args.model), None, None
+    tokenizer, policy = load_tokenizer(args.model), None
     pools = [args.data] if len(args.out) == 1 else [[source] for source in args.data]
     read = [read_prompts(args, tokenizer, sources) for sources in pools]
-    if args.k:
-        policy = load_policy(args.model, args.device if args.engine == "hf" else "cpu", args.dtype)
-        policy_fingerprint = fingerprint(policy)
-        if args.engine == "vllm":
-            policy = None  # freed before vLLM starts
-            longest = max(len(prompt) for prompts, *_ in read for prompt in prompts)
-            policy = load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
+    if args.k and args.engine == "hf":
+        policy = load_policy(args.model, args.device, args.dtype)
+    elif args.k:
+        longest = max(len(prompt) for prompts, *_ in read for prompt in prompts)
+        policy = load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
     for sources, examples, out in zip(pools, read, args.out):
-        collect_file(args, tokenizer, policy, policy_fingerprint, sources, examples, out)
+        collect_file(args, tokenizer, policy, sources, examples, out)
     for out in args.out if RANK == 0 else ():
         for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
             shutil.rmtree(folder)

@@ -527,13 +527,8 @@ def main():
         fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    flat = []  # files whose prompts all have a zero gradient; bad input is refused before any work
-    for path in args.rollouts:
-        rewards = load_rollouts(path)["rewards"]
-        if rewards.shape[1] < 2:
-            fail(path, f"K = {rewards.shape[1]}", "K >= 2", "collect with a larger --k")
-        if (rewards == rewards[:, :1]).all():
-            flat.append(path)
+    # bad input is refused before any work; flat: files whose prompts all have a zero gradient, as with K = 1
+    flat = [path for path in args.rollouts if not load_rollouts(path)["rewards"].diff().any()]
     if args.rollouts[0] in flat or (flat and flat == args.rollouts[1:]):  # train, or all validation sets
         fail(", ".join(map(str, flat)), "no prompt with unequal rewards",
              "prompts with right and wrong responses", "collect more responses, or other prompts")

@@ -168,7 +168,8 @@ def test_one_response_has_no_variance(files, refuses, tmp_path):
     one = altered_rollouts(files["rollouts"], tmp_path, rewards=good["rewards"][:, :1],
                            response_lengths=torch.ones(120).long(),
                            response_tokens=good["response_tokens"][:120], logprobs=good["logprobs"][:120])
-    refuses(sketch, "--model", files["base"], "--rollouts", one, names=one, says="found K = 1")
+    refuses(sketch, "--model", files["base"], "--rollouts", one, names=one,
+            says="no prompt with unequal rewards")
     refuses(score, "--method", "learnability", "--rollouts", one, names=one, says="found K = 1")
 
 
