@@ -178,6 +178,14 @@ def test_collection_resumes_after_its_finished_batches(world, tmp_path, call, mo
     assert (tmp_path / "killed.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
 
 
+def test_brackets_in_a_name_do_not_match_another_run(world, tmp_path, call):
+    """The parts of a[1].pt are removed at its end, those of an unfinished a1.pt are not."""
+    (tmp_path / "a1.pt.0.parts").mkdir()
+    assert call(collect, "--model", world / "base", "--data", world / "train.jsonl", "--limit", 2, "--k", 0,
+                "--max-new-tokens", 10, "--out", tmp_path / "a[1].pt")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a1.pt.0.parts", "a[1].pt"]
+
+
 def training(run, world, out, *more):
     """Arguments that train on the selection of phase 0 of the micro run."""
     return ["train_grpo.py", "--model", world / "base", "--rollouts", run / "rollouts/train.pt",
