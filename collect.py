@@ -133,7 +133,7 @@ def load_function(name):
     path, _, function = name.rpartition(":")
     try:
         spec = importlib.util.spec_from_file_location("verifier", path)
-        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look
+        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # for dataclasses
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file raises

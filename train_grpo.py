@@ -24,7 +24,7 @@ Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its met
 Writes  --out        a Hugging Face checkpoint, optimizer.pt, args.json and metrics.jsonl, one line per step:
             step (over all phases), seconds (of this phase, without evaluation), sampling_seconds, eval;
             of all that was sampled: reward, frac_reward_zero_std (share of groups with equal rewards),
-            tokens, response_length (mean), frac_truncated (share that reach the length limit), rounds;
+            tokens, response_length (mean tokens), frac_truncated (share that reach the length limit), rounds;
             of the update: groups, kl and entropy (per token, in nats), grad_norm, sampling_logp_difference
             (mean |trainer's log-prob - sampler's| per token).
 
@@ -388,7 +388,7 @@ def load_function(name):
     path, _, function = name.rpartition(":")
     try:
         spec = importlib.util.spec_from_file_location("verifier", path)
-        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # where dataclasses look
+        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # for dataclasses
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file raises

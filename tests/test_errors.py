@@ -232,9 +232,9 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
         shutil.copy(files["base"] / name, tmp_path / name)
     refuses(collect, "--model", tmp_path, "--data", files["data"], names=tmp_path, says="found no tokenizer")
     shutil.copytree(files["base"], tmp_path / "damaged")
-    (tmp_path / "damaged/config.json").write_text("{")
+    (tmp_path / "damaged/config.json").unlink()
     refuses(collect, "--model", tmp_path / "damaged", "--data", files["data"], "--max-new-tokens", 8,
-            names=tmp_path / "damaged", says="found no")
+            names=tmp_path / "damaged", says="found no usable config.json")
     empty = tmp_path / "empty"
     empty.mkdir()
     refuses(sketch, "--model", empty, "--rollouts", files["rollouts"],
