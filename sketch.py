@@ -492,9 +492,9 @@ def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
                "seconds": round(time.perf_counter() - began, 2)}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
-    print(f"{out}: {n} prompts, {len(candidates)} candidates, {sidecar['skipped']} of them skipped for equal "
-          f"rewards, {sidecar['seconds']} s")
     mean = sidecar["log_ratio_mean"]
+    print(f"{out}: {n} prompts, {len(candidates)} candidates, {sidecar['skipped']} of them skipped for equal "
+          f"rewards; |log rho| {mean:.3f} on average, at most {log_ratio_max:.1f}; {sidecar['seconds']} s")
     if mean > 0.05 and sketcher.policy.name_or_path == rollouts["meta"]["model"]:
         print(f"sketch.py: warning: {path}: mean |log rho| is {mean:.3f} although --model sampled it; "
               "the engine rounds differently: collect with --engine hf, or with float32", file=sys.stderr)
@@ -527,8 +527,11 @@ def main():
         fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # bad input is refused before any work; flat: files whose prompts all have a zero gradient, as with K = 1
-    flat = [path for path in args.rollouts if not load_rollouts(path)["rewards"].diff().any()]
+    rewards = {path: load_rollouts(path)["rewards"] for path in args.rollouts}  # bad input fails before work
+    for path, found in rewards.items():
+        if found.shape[1] < 2:
+            fail(path, f"K = {found.shape[1]}", "K >= 2, since an advantage compares responses", "raise --k")
+    flat = [path for path, found in rewards.items() if not found.diff().any()]  # every gradient is zero
     if args.rollouts[0] in flat or (flat and flat == args.rollouts[1:]):  # train, or all validation sets
         fail(", ".join(map(str, flat)), "no prompt with unequal rewards",
              "prompts with right and wrong responses", "collect more responses, or other prompts")

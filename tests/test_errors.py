@@ -163,13 +163,15 @@ def test_alpha(alpha, says, files, refuses):
             names="--alpha", says=says)
 
 
-def test_one_response_has_no_variance(files, refuses, tmp_path):
+def test_one_response_has_no_variance(files, refuses, call, tmp_path):
     good = torch.load(files["rollouts"], weights_only=True)
     one = altered_rollouts(files["rollouts"], tmp_path, rewards=good["rewards"][:, :1],
                            response_lengths=torch.ones(120).long(),
                            response_tokens=good["response_tokens"][:120], logprobs=good["logprobs"][:120])
-    refuses(sketch, "--model", files["base"], "--rollouts", one, names=one,
-            says="no prompt with unequal rewards")
+    refuses(sketch, "--model", files["base"], "--rollouts", one, names=one, says="found K = 1")
+    code, out, err = call(sketch, "--model", files["base"], "--rollouts", files["rollouts"],
+                          files["rollouts"], one, "--out", *(tmp_path / f"{x}.npy" for x in "abc"))
+    assert code == 2 and not out and f"{one}: found K = 1" in err  # also as one of two validation sets
     refuses(score, "--method", "learnability", "--rollouts", one, names=one, says="found K = 1")
 
 
