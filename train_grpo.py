@@ -733,7 +733,7 @@ def parse_arguments():
     parser.add_argument("--ref", help="reference of the KL term, theta(0) in every phase (--model)")
     parser.add_argument("--rollouts", required=True, help="rollouts.pt with the train prompts")
     parser.add_argument("--select", required=True, help="selected.npy: the prompts to train on")
-    parser.add_argument("--verifier", help="allows the rollouts' own verifier, file.py:function, to run")
+    parser.add_argument("--verifier", help="the rollouts' file.py:function, to allow its code to run")
     parser.add_argument("--eval", nargs="*", default=[], help="test sets: rollouts.pt files")
     parser.add_argument("--optimizer", help="optimizer.pt of the previous phase")
     parser.add_argument("--out", required=True, type=Path, help="folder of the new policy")

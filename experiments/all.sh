@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Reruns every measurement and redraws every figure of README.md: several hours on two CPU cores. Run it again
-# to resume after an interruption (finished commands are recorded in runs/done). Most scripts can redraw their
-# figure alone from the saved numbers; see their docstrings.
+# Runs every measurement and redraws every figure. Runs whose numbers are in experiments/results/ are not made
+# again; but off_policy.py needs the main runs' folders in runs/acceleration. So in a fresh clone first
+#   rm -r experiments/results/{acceleration,reselection,smollm2}
+# and plan half a day on two CPU cores. Run it again to resume after an interruption (finished commands are
+# recorded in runs/done). Most scripts can redraw their figure alone from the stored numbers; see their
+# docstrings.
 #
 #   bash experiments/all.sh        needs an environment with requirements.txt; installs the compared packages
 set -euo pipefail
