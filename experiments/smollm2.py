@@ -147,7 +147,8 @@ def evaluate(methods):
     found = acceleration.evaluate(methods, tests)
     result = {"command": "bash experiments/smollm2.sh", "seeds": found["seeds"]}
     full = methods["full"]
-    result["devices"] = sorted({run["device"] for runs in methods.values() for run in runs.values()})
+    result["devices"] = {name: {seed: run["device"] for seed, run in runs.items()}
+                         for name, runs in methods.items()}
     result["pass_rates"] = {kind: [run["pass_rates"][kind] for run in full.values()]
                             for kind in (*TARGETED, *OTHER)}
     result["base"] = {test: [round(float(run["accuracy"][test][0]), 4) for run in full.values()]
@@ -155,6 +156,9 @@ def evaluate(methods):
     result["half"], result["end"] = found["half_accuracy"], found["final_accuracy"]
     for key in ("step_acceleration", "wall_acceleration", "token_acceleration", "differences"):
         result[key] = found[key]
+    for name in methods:
+        if result["devices"][name] != result["devices"]["full"]:
+            del result["wall_acceleration"][name]  # seconds of different machines
     result["selected"], result["trust"], result["log_ratio"] = {}, {}, {}
     result["frac_reward_zero_std"] = {name: {seed: phase_means(run) for seed, run in runs.items()}
                                       for name, runs in methods.items()}
@@ -180,6 +184,8 @@ def draw(methods, path):
     for name, runs in methods.items():
         color = COLORS[name]
         for axis, (test, x) in zip(axes.flat, panels):
+            if x == "seconds" and any(run["device"] != "CPU" for run in runs.values()):
+                continue
             accuracy = np.array([run["accuracy"][test] for run in runs.values()])  # [seeds, evaluations]
             at = np.mean([run[x] for run in runs.values()], axis=0)
             axis.plot(at, accuracy.mean(0), color=color, label=f"{name}, {len(runs)} seeds", lw=2)
