@@ -26,7 +26,8 @@ Writes  --out        a Hugging Face checkpoint, optimizer.pt, args.json and metr
             of all that was sampled: reward, frac_reward_zero_std (share of groups with equal rewards),
             tokens, response_length (mean tokens), frac_truncated (share that reach the length limit), rounds;
             of the update: groups, kl and entropy (per token, in nats), grad_norm, sampling_logp_difference
-            (mean |trainer's log-prob - sampler's| per token).
+            (mean |trainer's log-prob - sampler's| per token); sample and sample_reward, a prompt with its
+            first response as text: read some, since a policy also learns what only deceives the verifier.
 
 The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
 from the last checkpoint (--save-every). On a CPU with the same number of threads, it ends with the same
@@ -401,7 +402,8 @@ def verify(response, answer, verifier):
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
     'math': math-verify finds the response's final expression and compares it with the answer as mathematics
-    (1/2 = 0.5); of an answer with '####' (GSM8K), only what follows counts.
+    (1/2 = 0.5, but also 3 - 2 + 4 = 5: a policy can learn to repeat an expression of the prompt); of an
+    answer with '####' (GSM8K), only what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
@@ -821,6 +823,8 @@ def main():
         sampler.sleep()
         row |= grpo_step(policy, reference, optimizer, *groups, args)
         check_step(row, done == 0)
+        row["sample"] = tokenizer.decode([*groups[0][0].tolist(), *groups[1][0]])
+        row["sample_reward"] = float(groups[3][0, 0])
         sampler.update(policy)
         step, done, seconds = step + 1, done + 1, seconds + time.perf_counter() - began
         if done == args.steps or step % args.eval_every == 0:

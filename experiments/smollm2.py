@@ -38,12 +38,10 @@ SEEDS = range(4)
 TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
             "gcd": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)}
 OTHER = {"products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
-         "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=12),
-         "fraction_simplification": dict(min_value=1, max_value=12, min_factor=1, max_factor=5),
-         "letter_counting": dict(min_words=1, max_words=3),
-         "number_sequence": {},
-         "count_bits": dict(min_n=1, max_n=255)}
-SIZES = {"targeted": (54, 32, 100), "other": (90, 0, 17)}  # train, validation and test prompts of each kind
+         "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=15),
+         "letter_counting": dict(min_words=4, max_words=8),
+         "number_sequence": {}}
+SIZES = {"targeted": (54, 32, 100), "other": (135, 0, 25)}  # train, validation and test prompts of each kind
 AXES = {"steps": "GRPO steps", "seconds": "seconds, all stages", "tokens": "sampled tokens, all stages"}
 
 

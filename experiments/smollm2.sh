@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
-# SmolLM2-135M-Instruct on eight kinds of reasoning-gym tasks. A seed makes the prompts, the rollouts, the
+# SmolLM2-135M-Instruct on six kinds of reasoning-gym tasks. A seed makes the prompts, the rollouts, the
 # projection and all samples of training. The numbers of each finished run are written to
 # experiments/results/smollm2/ at once; runs that have such a file are not made again.
 #
@@ -9,14 +9,15 @@
 #   SEEDS="0 1 2 3" METHODS="cropi influence full random learnability passrate" JOBS=12 \
 #       bash experiments/smollm2.sh              on a large GPU, which JOBS runs share
 #
-# The pool: 648 train prompts, 54 of each targeted kind (chain_sum, gcd; a sixth of the pool) and 90 of each
-# of six others. ALPHA selects 32; each of them is trained on 5 times in a phase. Test sets: 100 prompts of
-# each targeted kind, 17 of each other kind.
+# The pool: 648 train prompts, 54 of each targeted kind (chain_sum, gcd; a sixth of the pool) and 135 of each
+# of four others. ALPHA selects 32; each of them is trained on 5 times in a phase. Test sets: 100 prompts of
+# each targeted kind, 25 of each other kind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} RESULTS=experiments/results/smollm2
-export BASELINE= MODEL=runs/smollm2/base VERIFIER=math INSTRUCTION=" Answer with the number only."
+export BASELINE= MODEL=runs/smollm2/base INSTRUCTION=" Answer with the number only."
+export VERIFIER=experiments/last_number.py:reward
 export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=float32 DIM=32768
 export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-10} BATCH=16 LR=1e-5 BATCH_TOKENS=${BATCH_TOKENS:-2048} EVAL_EVERY=5 EVAL_SAMPLES=1
 METHODS=${METHODS:-cropi influence full random} SEEDS=${SEEDS:-0 1}
