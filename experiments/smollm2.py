@@ -119,7 +119,8 @@ def samples(policy):
     subprocess.run([sys.executable, ROOT / "collect.py", "--model", policy, "--data", world / "samples.jsonl",
                     "--out", out, "--k", "1", "--temperature", os.environ["TEMPERATURE"],
                     "--max-new-tokens", os.environ["MAX_NEW_TOKENS"], "--dtype", os.environ["DTYPE"],
-                    "--instruction", os.environ["INSTRUCTION"]], check=True)
+                    "--instruction", os.environ["INSTRUCTION"], "--verifier", os.environ["VERIFIER"]],
+                   check=True)
     rollouts, tokenizer = torch.load(out, weights_only=True), AutoTokenizer.from_pretrained(policy)
     responses = rollouts["response_tokens"].split(rollouts["response_lengths"].tolist())
     examples = [json.loads(line) for line in (world / "samples.jsonl").read_text().splitlines()]
