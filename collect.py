@@ -146,7 +146,7 @@ def verify(response, answer, verifier):
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
     'math': math-verify compares the last expression with the answer as mathematics: 1/2 = 0.5, and 3 - 2 + 4
-    = 5, so a policy may repeat a sum of its prompt. Of an answer with '####' (GSM8K), only what follows counts.
+    = 5, so a policy may repeat a sum of the prompt. Of an answer with '####' (GSM8K), what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
