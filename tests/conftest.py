@@ -62,7 +62,7 @@ def world(tmp_path_factory):
     """A toy world with four families, and a base policy after 200 SFT steps."""
     folder = tmp_path_factory.mktemp("world")
     command = [sys.executable, ROOT / "toy/make_toy.py", "--micro", "--sft-steps", "200", "--out", folder]
-    subprocess.run(command, check=True)  # in a process of its own: after the two-armed bandit it learned nothing
+    subprocess.run(command, check=True)  # after the bandit of test_grpo.py it learned nothing in this process
     (folder / "seconds.tsv").write_text("world\t1\n")  # tells run_cropi.sh that the world exists
     GenerationConfig(eos_token_id=1, pad_token_id=0, do_sample=True, top_k=20, repetition_penalty=1.05,
                      temperature=0.7).save_pretrained(folder / "base")
