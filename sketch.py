@@ -530,7 +530,7 @@ def main():
     rewards = {path: load_rollouts(path)["rewards"] for path in args.rollouts}  # bad input fails before work
     for path, found in rewards.items():
         if found.shape[1] < 2:
-            fail(path, f"K = {found.shape[1]}", "K >= 2, since an advantage compares responses", "raise --k")
+            fail(path, f"K = {found.shape[1]}", "K >= 2, to compare responses", "collect with --k 2 or more")
     flat = [path for path, found in rewards.items() if not found.diff().any()]  # every gradient is zero
     if args.rollouts[0] in flat or (flat and flat == args.rollouts[1:]):  # train, or all validation sets
         fail(", ".join(map(str, flat)), "no prompt with unequal rewards",

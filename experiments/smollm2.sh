@@ -19,7 +19,8 @@ export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} RESULTS=experiments/results/
 export BASELINE= MODEL=runs/smollm2/base INSTRUCTION=" Answer with the number only."
 export VERIFIER=experiments/last_number.py:reward
 export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=float32 DIM=32768
-export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-10} BATCH=16 LR=1e-5 BATCH_TOKENS=${BATCH_TOKENS:-2048} EVAL_EVERY=5 EVAL_SAMPLES=1
+export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-10} BATCH=16 LR=1e-5 EVAL_EVERY=5 EVAL_SAMPLES=1
+export BATCH_TOKENS=${BATCH_TOKENS:-2048}
 METHODS=${METHODS:-cropi influence full random} SEEDS=${SEEDS:-0 1}
 mkdir -p "$RESULTS" runs/smollm2
 
