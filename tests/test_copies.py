@@ -74,8 +74,9 @@ def test_functions_fit_on_a_screen(script):
     assert not long
 
 
-@pytest.mark.parametrize("script", STAGES)
-def test_docstring_examples(script):
+@pytest.mark.parametrize("script", [*STAGES, "experiments/last_number.py"])
+def test_docstring_examples(script, monkeypatch):
+    monkeypatch.syspath_prepend((ROOT / script).parent)
     examples = doctest.testmod(importlib.import_module(Path(script).stem))
     assert examples.attempted > 0 and examples.failed == 0
 

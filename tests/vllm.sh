@@ -12,8 +12,8 @@ if [ "$(cat .venv-vllm/installed 2>/dev/null)" != "$vllm $(cat requirements.txt)
     pip() { .venv-vllm/bin/pip "$1" --quiet --disable-pip-version-check "${@:2}"; }
     pip install --no-deps "$torch" 2>/dev/null ||
         pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch" || {
-        echo "tests/vllm.sh: error: pip found no $torch; expected it in PyTorch's index of CPU wheels;" \
-            "set PIP_FIND_LINKS to a folder that contains the wheel" >&2
+        echo "tests/vllm.sh: error: pip could not install $torch (its message is above); expected PyTorch's" \
+            "index of CPU wheels and 6 GB of disk; PIP_FIND_LINKS can name a folder that has the wheel" >&2
         exit 2
     }
     pip install -r requirements.txt "$vllm"
