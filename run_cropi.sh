@@ -92,22 +92,28 @@ launch=("$PYTHON") # on Ctrl-C a rank finishes its step and saves a checkpoint b
 [ "$NPROC" -eq 1 ] || launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC"
     --shutdown_timeout 1800)
 
-now() { "$PYTHON" -c 'import time; print(time.time())'; }
+# seconds: wall-clock seconds of the current stage, with those of its earlier attempts
+seconds() {
+    "$PYTHON" -c "import time; print(round(time.time() - $began + $(cat "$attempts" 2>/dev/null || echo 0), 2))"
+}
 
 # stage FOLDER NAME COMMAND...: runs a command unless it is done, and adds it to RUN/commands.txt. A command
-# that succeeds is recorded as done in FOLDER/seconds.tsv, with its wall-clock seconds.
+# that succeeds is recorded as done in FOLDER/seconds.tsv, with its seconds. Those of an attempt that fails or is
+# stopped (but not by SIGKILL) are kept until then.
 stage() {
-    local folder=$1 name=$2 began line
+    local folder=$1 name=$2 line
     shift 2
     [ -z "$DRY_RUN" ] || { echo "+$(printf ' %q' "$@")" && return 0; }
     ! grep -q "^$name	" "$folder/seconds.tsv" 2>/dev/null || return 0
     line=$(printf '%q ' "$@")
     grep -qxF -- "$line" "$RUN/commands.txt" 2>/dev/null || printf '%s\n' "$line" >>"$RUN/commands.txt"
     mkdir -p "$folder"
-    began=$(now)
+    began=$("$PYTHON" -c 'import time; print(time.time())') attempts=$folder/$name.seconds
+    trap 'spent=$(seconds); echo "$spent" >"$attempts"' EXIT
     "$@"
-    printf '%s\t%s\n' "$name" "$("$PYTHON" -c "import time; print(round(time.time() - $began, 2))")" \
-        >>"$folder/seconds.tsv"
+    printf '%s\t%s\n' "$name" "$(seconds)" >>"$folder/seconds.tsv"
+    trap - EXIT
+    rm -f "$attempts"
 }
 
 # settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt. If that file exists with other

@@ -118,6 +118,30 @@ def test_old_python_is_refused(tmp_path):
         assert done.stderr.count("\n") == 1
 
 
+def test_seconds_of_a_stage_count_its_stopped_attempts(tmp_path):
+    """The first attempt fails and the second is stopped, each after a second; the third succeeds at once."""
+    fake = tmp_path / "python"
+    fake.write_text(f"""#!/bin/bash
+[ "$1" = collect.py ] || exec {sys.executable} "$@"
+attempt=$(cat {tmp_path}/attempt)
+[ $attempt -lt 3 ] || {{ grep -q train.pt <<<"$*" && exit 0; exit 1; }}
+sleep 1
+[ $attempt -eq 1 ] || kill -INT -- -$(ps -o pgid= $$ | tr -d ' ')
+exit 1
+""")
+    fake.chmod(0o755)
+    run = tmp_path / "run"
+    for attempt in (1, 2, 3):
+        (tmp_path / "attempt").write_text(str(attempt))
+        subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, start_new_session=True,
+                       env={**os.environ, "PYTHON": str(fake), "PRESET": "presets/qwen2.5-1.5b.sh",
+                            "RUN": str(run), "ENGINE": "hf"})
+        assert (run / "rollouts/seconds.tsv").exists() == (attempt == 3)
+    (stage, seconds), = (line.split() for line in (run / "rollouts/seconds.tsv").read_text().splitlines())
+    assert stage == "train" and float(seconds) > 2
+    assert not (run / "rollouts/train.seconds").exists()
+
+
 PRESETS = sorted((ROOT / "presets").glob("*.sh"))
 METHODS = ("full", "dapo", "random", "passrate", "learnability", "influence", "cropi")
 
