@@ -102,7 +102,6 @@ def make(folder):
 def store(folder, path):
     acceleration.store(folder, path)
     stored, run = json.loads(path.read_text()), read_run(folder)
-    del stored["cost"]  # wrong for a run that was stopped and resumed within a stage
     rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
     for name in ("entropy", "response_length", "reward", "frac_reward_zero_std"):
         stored[name] = [round(row[name], 4) for row in rows]
