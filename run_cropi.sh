@@ -98,8 +98,8 @@ seconds() {
 }
 
 # stage FOLDER NAME COMMAND...: runs a command unless it is done, and adds it to RUN/commands.txt. A command
-# that succeeds is recorded as done in FOLDER/seconds.tsv, with its seconds. Those of an attempt that fails or is
-# stopped (but not by SIGKILL) are kept until then.
+# that succeeds is recorded as done in FOLDER/seconds.tsv, with its seconds. Those of an attempt that fails or
+# is stopped (but not by SIGKILL) are kept until then.
 stage() {
     local folder=$1 name=$2 line
     shift 2

@@ -280,8 +280,8 @@ def test_temperatures(micro_run, world, tmp_path, call):
 
 
 def test_sample_of_a_step_and_its_reward(micro_run, world, tmp_path, call, monkeypatch):
-    """sample is a selected prompt with its response, sample_reward that response's; here no two are equal."""
-    earned = {}
+    """sample is a selected prompt with its response; sample_reward is the reward of that response."""
+    earned = {}  # responses that differ have different rewards
 
     def graded(response, answer, verifier):
         return earned.setdefault((response, answer), len(earned) / 1000)
