@@ -50,6 +50,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -676,6 +677,17 @@ class Checkpoint:
             (self.part / "args.json").write_text(json.dumps(self.settings))
         return [state[name] for name in ("step", "done", "position", "metrics")]
 
+    def check_space(self, policy):
+        """Refuses a disk without room for the policy, AdamW's state and a checkpoint (if one is due)."""
+        size = 3 * sum(tensor.numel() * tensor.element_size() for tensor in policy.parameters())
+        saves = self.settings["steps"] > self.settings["save_every"]
+        needed = 2 * size if saves and not (self.part / "checkpoint.pt").exists() else size
+        free = shutil.disk_usage(self.part).free
+        if RANK == 0 and free < needed:
+            fail(self.out, f"{free / 1e9:.1f} GB of free disk",
+                 f"{needed / 1e9:.1f} GB for the policy and AdamW's state{', twice' * (needed > size)}",
+                 "free some or choose another --out")
+
     def save(self, policy, optimizer, **state):
         """Writes the checkpoint to resume from. state: what `restore` returns, by name."""
         state["weights"], state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
@@ -805,6 +817,7 @@ def main():
     tokenizer = load_tokenizer(args.model)
     sampler = Sampler(args, tokenizer, [rollouts, *tests.values()])  # first: vLLM starts with an empty GPU
     policy = build_policy(args.model, args)
+    checkpoint.check_space(policy)
     reference = build_policy(args.ref or args.model, args) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     step, done, position, metrics = checkpoint.restore(policy, optimizer)

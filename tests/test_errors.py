@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from safetensors.torch import load_file
 
 import collect
 import plot
@@ -241,6 +242,28 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
     empty.mkdir()
     refuses(sketch, "--model", empty, "--rollouts", files["rollouts"],
             names=empty, says="found no usable model")
+
+
+def test_disk_without_room_for_the_policy(files, refuses, call, tmp_path, monkeypatch):
+    """train_grpo.py asks before the first step for what its last step will write."""
+    arguments = ("--model", files["base"], "--rollouts", files["rollouts"], "--select", files["selected"],
+                 "--batch-size", 2, "--group", 2)
+    size = 12 * sum(weight.numel() for weight in load_file(files["base"] / "model.safetensors").values())
+    usage = shutil.disk_usage(tmp_path)
+
+    def free(amount):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=amount))
+
+    free(size - 1)
+    refuses(train_grpo, *arguments, "--steps", 1, names=tmp_path / "policy", says="GB of free disk; expected",
+            out=tmp_path / "policy")
+    free(2 * size - 1)
+    refuses(train_grpo, *arguments, "--steps", 2, "--save-every", 1, names=tmp_path / "policy",
+            says="AdamW's state, twice", out=tmp_path / "policy")
+    free(size)
+    assert call(train_grpo, *arguments, "--steps", 1, "--out", tmp_path / "policy")[0] == 0
+    written = [(tmp_path / "policy" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")]
+    assert size < sum(written) < 1.1 * size
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
