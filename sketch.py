@@ -553,4 +553,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        fail("the GPU", f"too little memory ({error})", "room for a micro-batch", "lower --batch-tokens")

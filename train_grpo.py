@@ -861,4 +861,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        fail("the GPU", f"too little memory ({error})", "room for a micro-batch and the KV cache",
+             "lower --batch-tokens or --kv-tokens")

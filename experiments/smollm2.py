@@ -148,10 +148,18 @@ def load():
     return methods
 
 
+def on_one_device(methods):
+    """The runs on the device of full data's first seed: seconds of other devices are not comparable."""
+    device = methods["full"][min(methods["full"])]["device"]
+    found = {name: {seed: run for seed, run in runs.items() if run["device"] == device}
+             for name, runs in methods.items()}
+    return {name: runs for name, runs in found.items() if runs}
+
+
 def evaluate(methods):
     """The summary: accuracies by seed, accelerations, pass rates, what was selected and its trust."""
     tests = ("targeted", "other")
-    found = acceleration.evaluate(methods, tests)
+    found, timed = acceleration.evaluate(methods, tests), acceleration.evaluate(on_one_device(methods), tests)
     result = {"command": "bash experiments/smollm2.sh", "seeds": found["seeds"]}
     full = methods["full"]
     result["devices"] = {name: {seed: run["device"] for seed, run in runs.items()}
@@ -161,16 +169,14 @@ def evaluate(methods):
     result["base"] = {test: [round(float(run["accuracy"][test][0]), 4) for run in full.values()]
                       for test in tests}
     result["half"], result["end"] = found["half_accuracy"], found["final_accuracy"]
-    for key in ("step_acceleration", "wall_acceleration", "token_acceleration", "differences"):
+    for key in ("step_acceleration", "token_acceleration", "differences"):
         result[key] = found[key]
-    for name in methods:
-        if result["devices"][name] != result["devices"]["full"]:
-            del result["wall_acceleration"][name]  # seconds of different machines
+    result["wall_acceleration"] = {"seeds": timed["seeds"], **timed["wall_acceleration"]}
     result["selected"], result["trust"], result["log_ratio"] = {}, {}, {}
     result["frac_reward_zero_std"] = {name: {seed: phase_means(run) for seed, run in runs.items()}
                                       for name, runs in methods.items()}
     for name, runs in methods.items():
-        if name in ("influence", "cropi", "learnability", "passrate", "random"):
+        if name != "full":
             result["selected"][name] = {seed: [phase["families"] for phase in run["selected"]]
                                         for seed, run in runs.items()}
         if name in ("influence", "cropi"):
@@ -186,24 +192,32 @@ def phase_means(run):
 
 
 def draw(methods, path):
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7))
-    panels = [("targeted", "steps"), ("targeted", "seconds"), ("targeted", "tokens"), ("other", "steps")]
+    """Targeted accuracy by steps, a panel for each seed; the rest as means over the seeds of all methods."""
+    seeds = sorted(set.union(*(set(runs) for runs in methods.values())))
+    shared = sorted(set.intersection(*(set(runs) for runs in methods.values())))
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7))
+    for axis in axes[0, len(seeds):]:
+        axis.axis("off")
+    for axis, seed in zip(axes[0], seeds):
+        for name, runs in methods.items():
+            if seed in runs:
+                run = runs[seed]
+                axis.plot(run["steps"], run["accuracy"]["targeted"], color=COLORS[name], label=name)
+        axis.set(xlabel=AXES["steps"], title=f"seed {seed}", ylabel="targeted: mean reward", ylim=(0.1, 0.4))
     for name, runs in methods.items():
-        color = COLORS[name]
-        for axis, (test, x) in zip(axes.flat, panels):
-            devices = [{run["device"] for run in of.values()} for of in (runs, methods["full"])]
-            if x == "seconds" and devices[0] != devices[1]:
-                continue  # seconds of different machines
-            accuracy = np.array([run["accuracy"][test] for run in runs.values()])  # [seeds, evaluations]
-            at = np.mean([run[x] for run in runs.values()], axis=0)
-            axis.plot(at, accuracy.mean(0), color=color, label=f"{name}, {len(runs)} seeds", lw=2)
-            axis.fill_between(at, accuracy.min(0), accuracy.max(0), color=color, alpha=0.12, lw=0)
-            axis.set(xlabel=AXES[x], ylabel=f"{test}: mean reward")
-        labels = {"entropy": "entropy per token (nats)", "response_length": "tokens per response"}
-        for axis, (key, label) in zip(axes[1, 1:], labels.items()):
-            mean = np.mean([run[key] for run in runs.values()], axis=0)
-            axis.plot(range(1, len(mean) + 1), mean, color=color, lw=1)
-            axis.set(xlabel=AXES["steps"], ylabel=label)
+        mean = {key: np.mean([runs[seed][key] for seed in shared], axis=0)
+                for key in (*AXES, "entropy", "response_length")}
+        accuracy = np.mean([runs[seed]["accuracy"]["targeted"] for seed in shared], axis=0)
+        if set(shared) <= set(on_one_device(methods).get(name, ())):
+            axes[1, 0].plot(mean["seconds"], accuracy, color=COLORS[name])
+        axes[1, 1].plot(mean["tokens"], accuracy, color=COLORS[name])
+        for axis, key in zip(axes[1, 2:], ("entropy", "response_length")):
+            axis.plot(range(1, len(mean[key]) + 1), mean[key], color=COLORS[name])
+    title = f"mean of seeds {', '.join(map(str, shared))}"
+    for axis, key in zip(axes[1, :2], ("seconds", "tokens")):
+        axis.set(xlabel=AXES[key], title=title, ylabel="targeted: mean reward", ylim=(0.1, 0.4))
+    for axis, label in zip(axes[1, 2:], ("entropy per token (nats)", "tokens per response")):
+        axis.set(xlabel=AXES["steps"], title=title, ylabel=label)
     axes[0, 0].legend(frameon=False, fontsize=8)
     save_lines(figure, path)
 

@@ -244,6 +244,29 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
             names=empty, says="found no usable model")
 
 
+@pytest.mark.parametrize("stage, place, flag", [
+    ("collect", "nn.Embedding.forward", "--kv-tokens"), ("sketch", "Tensor.backward", "--batch-tokens"),
+    ("train_grpo", "optim.AdamW.step", "--batch-tokens or --kv-tokens")])
+def test_gpu_out_of_memory(stage, place, flag, files, tmp_path):
+    """Told in one line with the flag to lower; the error is raised by `place`."""
+    inputs = {"collect": ["--data", files["data"], "--max-new-tokens", 8],
+              "sketch": ["--rollouts", files["rollouts"]],
+              "train_grpo": ["--rollouts", files["rollouts"], "--select", files["selected"], "--steps", 1]}
+    program = f"""import runpy, sys, torch
+def allocate(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+torch.{place} = allocate
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    command = [sys.executable, "-c", program, ROOT / f"{stage}.py", "--model", files["base"],
+               "--out", tmp_path / "out", *map(str, inputs[stage])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    line = done.stderr.partition(f"{stage}.py: error: ")[2].splitlines()[0]  # after the progress bar
+    assert line.startswith("the GPU: found too little memory (CUDA out of memory. Tried to allocate")
+    assert line.endswith(f"; lower {flag}")
+
+
 def test_disk_without_room_for_the_policy(files, refuses, call, tmp_path, monkeypatch):
     """train_grpo.py asks before the first step for what its last step will write."""
     arguments = ("--model", files["base"], "--rollouts", files["rollouts"], "--select", files["selected"],
