@@ -6,8 +6,8 @@
 #
 #   bash experiments/smollm2.sh                  two seeds of four methods on two CPU cores; resumable
 #   JOBS=2 OMP_NUM_THREADS=1 bash ...           two runs side by side, one thread each: 15 GB of memory
-#   SEEDS="0 1 2 3" METHODS="cropi influence full random learnability passrate" JOBS=12 \
-#       bash experiments/smollm2.sh              on a large GPU, which JOBS runs share
+#   SEEDS="0 1 2 3" METHODS="cropi full learnability influence passrate random" JOBS=8 KV_TOKENS=32768 \
+#       bash experiments/smollm2.sh              eight runs share 80 GB of GPU (docs/scaling.md); 5 GB of disk each
 #
 # The pool: 648 train prompts, 54 of each targeted kind (chain_sum, gcd; a sixth of the pool) and 135 of each
 # of four others. ALPHA selects 32; each of them is trained on 5 times in a phase. Test sets: 100 prompts of
