@@ -50,6 +50,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -418,8 +419,9 @@ def verify(response, answer, verifier):
             fail(verifier, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
                  "a number in [0, 1]", "fix the function")
     if verifier == "exact":
-        boxed = response.rpartition("\\boxed{")[2].partition("}")[0] if "\\boxed{" in response else response
-        return float(boxed.strip() == answer.strip())
+        _, boxed, last = response.rpartition("\\boxed{")  # without a box, all of the response is `last`
+        end = "}" if boxed else r"\Z"
+        return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*{end}", last)))
     import math_verify  # here, since it loads sympy, which 'exact' does not need
 
     gold = answer.rpartition("####")[2].strip()
