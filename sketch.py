@@ -523,8 +523,10 @@ def main():
         fail("--keep, --candidates, --dim, --rho-max",
              f"{args.keep}, {args.candidates}, {args.dim}, {args.rho_max}",
              "0 < keep, candidates <= 1; dim >= 1; rho-max > 0", "use the paper's 0.1, 1, 32768, inf")
-    if len(args.rollouts) != len(args.out):
-        fail("--out", f"{len(args.out)} names", len(args.rollouts), "name one for each of --rollouts")
+    written = {*args.out, *(out.with_suffix(".json") for out in args.out)}
+    if not 2 * len(args.rollouts) == 2 * len(args.out) == len(written):
+        fail("--out", ", ".join(map(str, args.out)), f"{len(args.rollouts)} different .npy files",
+             "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rewards = {path: load_rollouts(path)["rewards"] for path in args.rollouts}  # bad input fails before work

@@ -676,7 +676,8 @@ class Checkpoint:
         for group in optimizer.param_groups:
             group.update(optimizer.defaults)  # use this run's learning rate; loading turns tuples into lists
         if RANK == 0:
-            (self.part / "args.json").write_text(json.dumps(self.settings))
+            (self.part / "new.json").write_text(json.dumps(self.settings))
+            os.replace(self.part / "new.json", self.part / "args.json")
         return [state[name] for name in ("step", "done", "position", "metrics")]
 
     def check_space(self, policy):

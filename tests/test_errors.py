@@ -176,6 +176,15 @@ def test_one_response_has_no_variance(files, refuses, call, tmp_path):
     refuses(score, "--method", "learnability", "--rollouts", one, names=one, says="found K = 1")
 
 
+@pytest.mark.parametrize("names", [["a.npy"], ["a.npy", "a.npy"], ["a.npy", "b.json"], ["a.npy", "a.bin"]])
+def test_sketches_that_would_overwrite_each_other(names, files, call, tmp_path):
+    """Each is a file with a .json of the same name next to it."""
+    code, out, err = call(sketch, "--model", files["base"], "--rollouts", *[files["rollouts"]] * 2,
+                          "--out", *(tmp_path / name for name in names))
+    assert code == 2 and not out and "expected 2 different .npy files" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_prompt_with_a_variance(files, refuses, tmp_path):
     flat = altered_rollouts(files["rollouts"], tmp_path, rewards=torch.ones(120, 6))
     refuses(sketch, "--model", files["base"], "--rollouts", flat,
