@@ -467,4 +467,4 @@ if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError as error:
-        fail("the GPU", f"too little memory ({error})", "room for the KV cache", "lower --kv-tokens")
+        fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for the KV cache", "lower --kv-tokens")

@@ -523,9 +523,9 @@ def main():
         fail("--keep, --candidates, --dim, --rho-max",
              f"{args.keep}, {args.candidates}, {args.dim}, {args.rho_max}",
              "0 < keep, candidates <= 1; dim >= 1; rho-max > 0", "use the paper's 0.1, 1, 32768, inf")
-    written = {*args.out, *(out.with_suffix(".json") for out in args.out)}
-    if not 2 * len(args.rollouts) == 2 * len(args.out) == len(written):
-        fail("--out", ", ".join(map(str, args.out)), f"{len(args.rollouts)} different .npy files",
+    sidecars = {out.resolve().with_suffix(".json") for out in args.out}
+    if not len(args.rollouts) == len(args.out) == len(sidecars - {out.resolve() for out in args.out}):
+        fail("--out", ", ".join(map(str, args.out)), f"{len(args.rollouts)} .npy files of different names",
              "name one for each of --rollouts")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -558,4 +558,5 @@ if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError as error:
-        fail("the GPU", f"too little memory ({error})", "room for a micro-batch", "lower --batch-tokens")
+        fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for a micro-batch",
+             "lower --batch-tokens")

@@ -681,15 +681,17 @@ class Checkpoint:
         return [state[name] for name in ("step", "done", "position", "metrics")]
 
     def check_space(self, policy):
-        """Refuses a disk without room for the policy, AdamW's state and a checkpoint (if one is due)."""
-        size = 3 * sum(tensor.numel() * tensor.element_size() for tensor in policy.parameters())
-        saves = self.settings["steps"] > self.settings["save_every"]
-        needed = 2 * size if saves and not (self.part / "checkpoint.pt").exists() else size
-        free = shutil.disk_usage(self.part).free
-        if RANK == 0 and free < needed:
+        """Refuses a disk without room for the policy with AdamW's state and, if due, a checkpoint of both."""
+        # a tenth more for the tokenizer and for tied weights, which a sharded policy's checkpoint has twice
+        needed, contents = 3.3 * sum(p.numel() * p.element_size() for p in policy.parameters()), "the policy"
+        checkpoint = self.part / "checkpoint.pt"
+        if self.settings["steps"] > self.settings["save_every"] and not checkpoint.exists():
+            needed, contents = 2 * needed, "the policy and a checkpoint"
+        leftovers = sum(file.stat().st_size for file in self.part.iterdir() if file != checkpoint)
+        free = shutil.disk_usage(self.part).free + leftovers  # what a stopped run wrote last is replaced
+        if free < needed:
             fail(self.out, f"{free / 1e9:.1f} GB of free disk",
-                 f"{needed / 1e9:.1f} GB for the policy and AdamW's state{', twice' * (needed > size)}",
-                 "free some or choose another --out")
+                 f"{needed / 1e9:.1f} GB for {contents}, with AdamW's state", "free some, or change --out")
 
     def save(self, policy, optimizer, **state):
         """Writes the checkpoint to resume from. state: what `restore` returns, by name."""
@@ -867,5 +869,5 @@ if __name__ == "__main__":
     try:
         main()
     except torch.OutOfMemoryError as error:
-        fail("the GPU", f"too little memory ({error})", "room for a micro-batch and the KV cache",
-             "lower --batch-tokens or --kv-tokens")
+        fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for a micro-batch and the KV cache",
+             "lower --batch-tokens or --kv-tokens, or use more GPUs")

@@ -68,7 +68,8 @@ def make_examples(seed):
     files = {}
     for group, kinds in (("targeted", TARGETED), ("other", OTHER)):
         for kind, settings in kinds.items():
-            train, validation, test = SIZES[group][0], sum(SIZES[group][:2]), sum(SIZES[group])  # their ends
+            # where each part ends
+            train, validation, test = SIZES[group][0], sum(SIZES[group][:2]), sum(SIZES[group])
             tasks, shares = {}, Counter()
             for task in reasoning_gym.create_dataset(kind, size=3000, seed=10000 * (1 + seed), **settings):
                 question, answer = task["question"], str(task["answer"])
@@ -184,7 +185,7 @@ def phase_means(run):
 def draw(methods, path):
     """Targeted accuracy by steps, a panel for each seed; the rest as means over the seeds of all methods.
 
-    Seconds are drawn of methods that ran on the device of full data: others are not comparable.
+    Seconds are drawn only for methods that ran on the device of full data.
     """
     seeds = sorted(set.union(*(set(runs) for runs in methods.values())))
     shared = sorted(set.intersection(*(set(runs) for runs in methods.values())))

@@ -2,14 +2,14 @@
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
 # SmolLM2-135M-Instruct on six kinds of reasoning-gym tasks. A seed makes the prompts, the rollouts, the
 # projection and all samples of training. The numbers of each finished run are written to
-# experiments/results/smollm2/ at once; runs that have such a file are not made again (a clone has them all:
-# remove that folder first).
+# experiments/results/smollm2/ at once; runs that have such a file are not made again. (A clone has these files:
+# remove the folder first.)
 #
 #   bash experiments/smollm2.sh                  two seeds of four methods on two CPU cores; resumable
 #   JOBS=2 OMP_NUM_THREADS=1 bash ...           two runs side by side, one thread each: 15 GB of memory
 #   SEEDS="0 1 2 3" METHODS="cropi full learnability influence passrate random" JOBS=8 KV_TOKENS=32768 \
-#       bash experiments/smollm2.sh              eight runs share a GPU of 80 GB: MPS and the allocator's setting
-#                                                in docs/scaling.md; 5 GB of disk for each run
+#       bash experiments/smollm2.sh              eight runs share a GPU of 80 GB (docs/scaling.md has two more
+#                                                settings for that); 5 GB of disk for each run
 #
 # The pool: 648 train prompts, 54 of each targeted kind (chain_sum, gcd; a sixth of the pool) and 135 of each
 # of four others. ALPHA selects 32; each of them is trained on 5 times in a phase. Test sets: 100 prompts of
@@ -35,7 +35,7 @@ fi
 run() { # METHOD SEED
     local data=runs/smollm2/seed-$2 out=$RESULTS/seed-$2-$1.json
     [ ! -e "$out" ] || return 0
-    # CROPI and influence once have the same phase 0, byte for byte: a finished one is copied, with its seconds
+    # CROPI and influence once have the same phase 0, byte for byte: a finished one is copied
     if [ "$1" = influence ] && [ ! -e "$data/influence" ] && [ -e "$data/cropi/phase-1" ]; then
         mkdir "$data/influence"
         cp -r "$data/cropi/phase-0" "$data/influence/"
@@ -45,11 +45,11 @@ run() { # METHOD SEED
         VAL="chain_sum=$data/val_chain_sum.jsonl gcd=$data/val_gcd.jsonl" \
         TEST="targeted=$data/test_targeted.jsonl other=$data/test_other.jsonl" \
         bash run_cropi.sh >>"$data/log-$1.txt" 2>&1
-    "$PYTHON" experiments/smollm2.py store "$data/$1" "$out"
     if [ "$1" = cropi ] && [ "$2" = 0 ]; then
         "$PYTHON" experiments/smollm2.py samples runs/smollm2/base
-        "$PYTHON" experiments/smollm2.py samples "$data/cropi/phase-2/policy"
+        "$PYTHON" experiments/smollm2.py samples "$data/cropi/phase-$((PHASES - 1))/policy"
     fi
+    "$PYTHON" experiments/smollm2.py store "$data/$1" "$out"
     echo "$(date +%H:%M) $1, seed $2"
 }
 export -f run

@@ -28,7 +28,7 @@
 #   evaluation    21 x 2,948 test prompts x 500 tokens / 15,000                           0.6 GPU hours
 # The total is 35 GPU hours, or about 4.4 hours on 8 GPUs if every stage scales perfectly.
 # Disk: 2 GB of rollouts. Each of the 10 phases adds 59,588 x 32768 x 4 bytes = 7.8 GB of sketches and
-# 12P bytes = 18.5 GB for the policy and the optimizer in float32. The total is 265 GB, plus 37 GB for
+# 12P bytes = 18.5 GB for the policy and the optimizer in float32. The total is 265 GB, plus 19 GB for
 # checkpoints during training.
 MODEL=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 TRAIN=${TRAIN:-"openai/gsm8k:main:train[:-100] \

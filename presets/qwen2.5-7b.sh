@@ -21,7 +21,7 @@
 #   updates       600 x 128 x (8 x 700 + 100) tokens x 8P / 3.5e14                        21 GPU hours
 #   evaluation    13 x 2,833 test prompts x 700 tokens / 6,000                            1.2 GPU hours
 # The total is 120 GPU hours. Disk: each of the 6 phases adds 7.8 GB of sketches and 12P = 91 GB for the
-# policy and the optimizer: 600 GB, plus 183 GB for checkpoints during training.
+# policy and the optimizer: 600 GB, plus 91 GB for checkpoints during training.
 MODEL=${MODEL:-Qwen/Qwen2.5-7B-Instruct}
 TRAIN=${TRAIN:-"openai/gsm8k:main:train[:-100] \
 nlile/hendrycks-MATH-benchmark::train[:-100] \

@@ -21,7 +21,7 @@
 #   updates       300 x 128 x (8 x 4000 + 100) tokens x 8P / 3.5e14                       14 GPU hours
 #   evaluation    7 x 2,713 test prompts x 4000 tokens / 12,000                           1.8 GPU hours
 # The total is 129 GPU hours. Disk: 16 GB of rollouts; each of the 3 phases adds 7.8 GB of sketches and 12P =
-# 21 GB for the policy and the optimizer: 103 GB, plus 43 GB for checkpoints during training.
+# 21 GB for the policy and the optimizer: 103 GB, plus 21 GB for checkpoints during training.
 MODEL=${MODEL:-deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B}
 TRAIN=${TRAIN:-'openai/gsm8k:main:train nlile/hendrycks-MATH-benchmark::train
 agentica-org/DeepScaleR-Preview-Dataset'}
