@@ -163,8 +163,7 @@ def verify(response, answer, verifier):
                  "a number in [0, 1]", "fix the function")
     if verifier == "exact":
         _, boxed, last = response.rpartition("\\boxed{")  # without a box, all of the response is `last`
-        end = "}" if boxed else r"\Z"
-        return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*{end}", last)))
+        return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + ("}" if boxed else r"\Z"), last)))
     import math_verify  # here, since it loads sympy, which 'exact' does not need
 
     gold = answer.rpartition("####")[2].strip()
