@@ -640,6 +640,23 @@ def lock_folder(folder, out):
         fail(out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
 
 
+def check_space(policy, part, saves):
+    """Refuses a disk without room for the policy with AdamW's state and, if `saves`, a checkpoint of both.
+
+    part: the folder in which the run works; a checkpoint in it stays, all else is going to be replaced.
+    """
+    # a tenth more for the tokenizer and for tied weights, which a sharded policy's checkpoint has twice
+    needed, contents = 3.3 * sum(p.numel() * p.element_size() for p in policy.parameters()), "the policy"
+    checkpoint = part / "checkpoint.pt"
+    if saves and not checkpoint.exists():
+        needed, contents = 2 * needed, "the policy and a checkpoint"
+    replaced = sum(file.stat().st_size for file in part.iterdir() if file != checkpoint)
+    free = shutil.disk_usage(part).free + replaced
+    if free < needed:
+        fail(part, f"{free / 1e9:.1f} GB of free disk",
+             f"{needed / 1e9:.1f} GB for {contents}, with AdamW's state", "free some, or change --out")
+
+
 class Checkpoint:
     """The folder OUT.part in which a run works, and the checkpoint in it that a run resumes from."""
 
@@ -678,19 +695,6 @@ class Checkpoint:
             (self.part / "new.json").write_text(json.dumps(self.settings))
             os.replace(self.part / "new.json", self.part / "args.json")
         return [state[name] for name in ("step", "done", "position", "metrics")]
-
-    def check_space(self, policy):
-        """Refuses a disk without room for the policy with AdamW's state and, if due, a checkpoint of both."""
-        # a tenth more for the tokenizer and for tied weights, which a sharded policy's checkpoint has twice
-        needed, contents = 3.3 * sum(p.numel() * p.element_size() for p in policy.parameters()), "the policy"
-        checkpoint = self.part / "checkpoint.pt"
-        if self.settings["steps"] > self.settings["save_every"] and not checkpoint.exists():
-            needed, contents = 2 * needed, "the policy and a checkpoint"
-        leftovers = sum(file.stat().st_size for file in self.part.iterdir() if file != checkpoint)
-        free = shutil.disk_usage(self.part).free + leftovers  # what a stopped run wrote last is replaced
-        if free < needed:
-            fail(self.out, f"{free / 1e9:.1f} GB of free disk",
-                 f"{needed / 1e9:.1f} GB for {contents}, with AdamW's state", "free some, or change --out")
 
     def save(self, policy, optimizer, **state):
         """Writes the checkpoint to resume from. state: what `restore` returns, by name."""
@@ -821,7 +825,7 @@ def main():
     tokenizer = load_tokenizer(args.model)
     sampler = Sampler(args, tokenizer, [rollouts, *tests.values()])  # first: vLLM starts with an empty GPU
     policy = build_policy(args.model, args)
-    checkpoint.check_space(policy)
+    check_space(policy, checkpoint.part, args.steps > args.save_every)
     reference = build_policy(args.ref or args.model, args) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     step, done, position, metrics = checkpoint.restore(policy, optimizer)

@@ -1,6 +1,5 @@
 """Invalid input: exit code 2, a one-line error that names the file, and existing output is not changed."""
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -278,35 +277,32 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
     assert line.endswith(f"; lower {flag}")
 
 
-@pytest.mark.parametrize("steps, save_every, resumes, copies", [
-    (1, 50, False, 1), (50, 50, False, 1), (51, 50, False, 2), (51, 50, True, 1)])
-def test_disk_space_that_a_run_needs(steps, save_every, resumes, copies, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("saves, resumes, copies", [(False, False, 1), (True, False, 2), (True, True, 1)])
+def test_disk_space_that_a_run_needs(saves, resumes, copies, capsys, tmp_path, monkeypatch):
     """A copy has 12 bytes per float32 parameter and a tenth; what else is in the folder will be replaced."""
-    settings = argparse.Namespace(out=tmp_path / "policy", steps=steps, save_every=save_every)
-    checkpoint, policy = train_grpo.Checkpoint(settings, [0]), torch.nn.Linear(25, 40, bias=False)
-    checkpoint.part.mkdir()
-    (checkpoint.part / "new.pt").write_bytes(bytes(100))
+    policy = torch.nn.Linear(25, 40, bias=False)
+    (tmp_path / "new.pt").write_bytes(bytes(100))
     if resumes:
-        (checkpoint.part / "checkpoint.pt").write_bytes(bytes(10**5))
+        (tmp_path / "checkpoint.pt").write_bytes(bytes(10**5))
     for free, refused in ((copies * 13200 - 100, False), (copies * 13200 - 101, True)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
             with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
-                checkpoint.check_space(policy)
+                train_grpo.check_space(policy, tmp_path, saves)
     assert ("and a checkpoint" in capsys.readouterr().err) == (copies == 2)
 
 
 def test_disk_without_room_for_the_policy(files, refuses, call, tmp_path, monkeypatch):
     """train_grpo.py asks before the first step for what its last step will write."""
     arguments = ("--model", files["base"], "--rollouts", files["rollouts"], "--select", files["selected"],
-                 "--steps", 1, "--batch-size", 2, "--group", 2)
+                 "--steps", 1, "--save-every", 1, "--batch-size", 2, "--group", 2)  # no checkpoint
     size = 13.2 * sum(weight.numel() for weight in load_file(files["base"] / "model.safetensors").values())
-    usage = shutil.disk_usage(tmp_path)._replace(free=size - 10**5)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage)
-        refuses(train_grpo, *arguments, names=tmp_path / "policy", says="GB of free disk; expected",
-                out=tmp_path / "policy")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 10**5))
+    refuses(train_grpo, *arguments, names=tmp_path / "policy", says="GB of free disk; expected",
+            out=tmp_path / "policy")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
     assert call(train_grpo, *arguments, "--out", tmp_path / "policy")[0] == 0
     written = sum(file.stat().st_size for file in (tmp_path / "policy").iterdir())
     assert 0.9 * size < written < size
