@@ -175,8 +175,8 @@ if [ -z "$DRY_RUN" ]; then
     echo "  once: collect $K responses per train prompt and $K_VAL per validation prompt"
     echo "  in each phase: select (influence, cropi: sketch, score; ALPHA = $ALPHA), train"
     echo "  files: $RUN/rollouts and $RUN/METHOD/phase-m; the command of every stage: $RUN/commands.txt"
-    echo "  disk, each phase: 12 bytes per parameter, $((4 * DIM / 1024)) kB per sketched prompt; while it trains" \
-        "more than $SAVE_EVERY steps, 12 bytes more"
+    echo "  disk, each phase: 12 bytes per parameter, $((4 * DIM / 1024)) kB per sketched prompt;" \
+        "while it trains more than $SAVE_EVERY steps, 12 bytes per parameter more"
 fi
 
 lock "$ROLLOUTS" wait

@@ -2,8 +2,8 @@
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
 # SmolLM2-135M-Instruct on six kinds of reasoning-gym tasks. A seed makes the prompts, the rollouts, the
 # projection and all samples of training. The numbers of each finished run are written to
-# experiments/results/smollm2/ at once; runs that have such a file are not made again. (A clone has these files:
-# remove the folder first.)
+# experiments/results/smollm2/ at once; runs that have such a file are not made again. A clone has these
+# files: remove the folder first.
 #
 #   bash experiments/smollm2.sh                  two seeds of four methods on two CPU cores; resumable
 #   JOBS=2 OMP_NUM_THREADS=1 bash ...           two runs side by side, one thread each: 15 GB of memory
