@@ -1,9 +1,220 @@
-# Sourced by run_cropi.sh, the tests and the experiments. Sets PYTHON to the Python of .venv, which is made on
-# first use, unless the user has set PYTHON. If nvidia-smi works, sets GPU=1 and installs vLLM as well.
+# What surrounds the method. run_cropi.sh, the tests and the experiments source this file.
+#
+# The functions are for run_cropi.sh. They check the knobs, run a stage once and time it, keep the settings of
+# a run together, and stop two runs from writing to one folder. The commands after them, at the end, find or
+# make the Python that runs everything.
+#
+# A reader who skips this file misses no part of CROPI: every command of a run stands in run_cropi.sh. What is
+# missed is how a stopped run resumes, where its seconds and settings are stored, and how .venv is made.
+
+die() { # MESSAGE...: reports an error and exits
+    echo "run_cropi.sh: error: $*" >&2
+    exit 2
+}
+
+# ---- before a run --------------------------------------------------------------------------------------
+
+read_methods() { # makes the array methods: BASELINE's and METHOD's, each once
+    local method
+    methods=()
+    for method in $BASELINE $METHOD; do
+        case $method in
+        full | dapo | random | passrate | learnability | influence | cropi) ;;
+        *)
+            die "METHOD $method: unknown method; expected full, dapo, random, passrate, learnability," \
+                "influence or cropi; set METHOD and BASELINE to these names"
+            ;;
+        esac
+        case " ${methods[*]-} " in
+        *" $method "*) ;;
+        *) methods+=("$method") ;;
+        esac
+    done
+}
+
+# From VAL and TEST, which are name=source pairs, makes the arrays val_names, val_sources, val_rollouts,
+# test_sources and test_rollouts. The last of each are the files of the rollouts.
+read_data_sets() {
+    local pair twice
+    if [ -z "$TRAIN" ] || [ -z "$VAL" ]; then
+        die "MODEL is set but TRAIN or VAL is not; set both as in the example of README.md"
+    fi
+    val_names=()
+    val_sources=()
+    val_rollouts=()
+    for pair in $VAL; do
+        val_names+=("val_${pair%%=*}")
+        val_sources+=("${pair#*=}")
+        val_rollouts+=("$ROLLOUTS/val_${pair%%=*}.pt")
+    done
+    test_sources=()
+    test_rollouts=()
+    for pair in $TEST; do
+        test_sources+=("${pair#*=}")
+        test_rollouts+=("$ROLLOUTS/${pair%%=*}.pt")
+    done
+    twice=$(printf '%s\n' "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
+        ${test_rollouts[@]+"${test_rollouts[@]}"} | sort | uniq -d)
+    if [ -n "$twice" ]; then
+        die "VAL, TEST: two sets for the file" $twice "; expected different names; rename one"
+    fi
+}
+
+check_candidates() { # CANDIDATES may be a quotient such as 1/3
+    if ! awk "BEGIN { exit !($CANDIDATES >= $ALPHA && $CANDIDATES <= 1) }"; then
+        die "CANDIDATES $CANDIDATES: expected a share between ALPHA ($ALPHA) and 1; set it or ALPHA"
+    fi
+}
+
+choose_engine() { # makes the default of ENGINE explicit
+    if [ -z "$ENGINE" ] && [ -n "$GPU" ]; then
+        ENGINE=vllm
+    fi
+    ENGINE=${ENGINE:-hf}
+}
+
+# Makes the array launch, the start of a command that runs on NPROC ranks. On Ctrl-C a rank finishes its step
+# and saves a checkpoint before it is killed: hence the long timeout.
+choose_launcher() {
+    launch=("$PYTHON")
+    if [ "$NPROC" -ne 1 ]; then
+        launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC" --shutdown_timeout 1800)
+    fi
+}
+
+print_plan() { # what the run does, and what it writes
+    if [ -n "$DRY_RUN" ]; then
+        return 0
+    fi
+    echo "$MODEL: ${BASELINE:+$BASELINE and }$METHOD, $PHASES phases of $STEPS GRPO steps"
+    echo "  once: collect $K responses per train prompt and $K_VAL per validation prompt"
+    echo "  in each phase: select (influence, cropi: sketch, score; ALPHA = $ALPHA), train"
+    echo "  files: $RUN/rollouts and $RUN/METHOD/phase-m; the command of every stage: $RUN/commands.txt"
+    echo "  disk, each phase: 12 bytes per parameter, $((4 * DIM / 1024)) kB per sketched prompt;" \
+        "while it trains more than $SAVE_EVERY steps, 12 bytes per parameter more"
+}
+
+# ---- during a run --------------------------------------------------------------------------------------
+
+# lock_folder FOLDER wait|refuse: what to do while another run_cropi.sh writes to FOLDER. Methods of one RUN
+# may run side by side: each locks its own folder, and the first one collects. The stages of a killed run hold
+# its lock until they have exited, so try for 5 seconds.
+lock_folder() {
+    local folder=$1
+    local otherwise=$2
+    if [ -n "$DRY_RUN" ]; then
+        return 0
+    fi
+    mkdir -p "$folder"
+    exec 9>"$folder/lock"
+    if ! command -v flock >/dev/null || flock -w 5 9; then
+        return 0
+    fi
+    if [ "$otherwise" != wait ]; then
+        die "another run_cropi.sh is running in $folder; wait until it ends or set RUN to another folder"
+    fi
+    echo "waiting for another run_cropi.sh that writes to $folder"
+    flock 9
+}
+
+# record_settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt. If that file exists with
+# other values, stops with an error.
+record_settings() {
+    local folder=$1
+    local text=
+    local name
+    if [ -n "$DRY_RUN" ]; then
+        return 0
+    fi
+    shift
+    for name in "$@"; do
+        text="$text$name=${!name}"$'\n'
+    done
+    mkdir -p "$folder"
+    if [ ! -e "$folder/settings.txt" ]; then
+        printf '%s' "$text" >"$folder/settings.txt"
+    fi
+    if [ "$text" != "$(cat "$folder/settings.txt")"$'\n' ]; then
+        die "$folder holds a run with other settings (< stored, > requested):" \
+            "$(printf '%s' "$text" | diff "$folder/settings.txt" - | grep '^[<>]' | tr '\n' ' ');" \
+            "use the stored settings, remove $folder, or set RUN to another folder"
+    fi
+}
+
+# run_stage FOLDER NAME COMMAND...: runs a command unless it is done, and adds it to RUN/commands.txt. A
+# command that succeeds is recorded as done in FOLDER/seconds.tsv, with its seconds. Those of an attempt that
+# fails or is stopped (but not by SIGKILL) are kept until then in FOLDER/NAME.seconds.
+run_stage() {
+    local folder=$1
+    local name=$2
+    local line
+    shift 2
+    if [ -n "$DRY_RUN" ]; then
+        echo "+$(printf ' %q' "$@")"
+        return 0
+    fi
+    if grep -q "^$name	" "$folder/seconds.tsv" 2>/dev/null; then
+        return 0
+    fi
+    line=$(printf '%q ' "$@")
+    if ! grep -qxF -- "$line" "$RUN/commands.txt" 2>/dev/null; then
+        printf '%s\n' "$line" >>"$RUN/commands.txt"
+    fi
+    mkdir -p "$folder"
+    began=$("$PYTHON" -c 'import time; print(time.time())') # not local: the trap needs both
+    attempts=$folder/$name.seconds
+    trap 'spent=$(stage_seconds); echo "$spent" >"$attempts"' EXIT
+    "$@"
+    printf '%s\t%s\n' "$name" "$(stage_seconds)" >>"$folder/seconds.tsv"
+    trap - EXIT
+    rm -f "$attempts"
+}
+
+stage_seconds() { # wall-clock seconds of the current stage, with those of its earlier attempts
+    local earlier
+    earlier=$(cat "$attempts" 2>/dev/null || echo 0)
+    "$PYTHON" -c "import time; print(round(time.time() - $began + $earlier, 2))"
+}
+
+run_every_time() { # COMMAND...: runs a command also if an earlier run has done so
+    if [ -n "$DRY_RUN" ]; then
+        echo "+ $*"
+    else
+        "$@"
+    fi
+}
+
+# print_time_left METHOD: after phase 0, how long the further phases will take; influence selects in the first
+# phase only
+print_time_left() {
+    local method=$1
+    local seconds=$RUN/$method/seconds.tsv
+    local repeated=^phase-0-train
+    if [ -n "$DRY_RUN" ] || [ "$PHASES" -eq 1 ]; then
+        return 0
+    fi
+    if grep -q "^phase-$((PHASES - 1))-train" "$seconds"; then # the last phase is done
+        return 0
+    fi
+    if [ "$method" = cropi ]; then
+        repeated=^phase-0-
+    fi
+    awk -v method="$method" -v n="$((PHASES - 1))" -v repeated="$repeated" \
+        '/^phase-0-/ { took += $2 } $0 ~ repeated { more += n * $2 / 60 }
+        END { printf "%s: phase 0 took %.0f s, ", method, took
+              printf "the other %d take about %.1f min\n", n, more }' \
+        "$seconds"
+}
+
+# ---- the Python ----------------------------------------------------------------------------------------
+# Sets PYTHON to the Python of .venv, which is made on first use, unless the user has set PYTHON. If
+# nvidia-smi works, sets GPU=1 and installs vLLM as well. DRY_RUN installs nothing.
 PYTHON=${PYTHON:-}
-GPU= requirements=requirements.txt
+GPU=
+requirements=requirements.txt
 if nvidia-smi >/dev/null 2>&1; then
-    GPU=1 requirements=requirements-vllm.txt
+    GPU=1
+    requirements=requirements-vllm.txt
 fi
 if [ -n "${DRY_RUN:-}" ]; then
     PYTHON=${PYTHON:-.venv/bin/python}
