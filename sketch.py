@@ -5,29 +5,19 @@
     g(s0)     = 1/K sum_k 1/|tau_k| sum_t grad_theta rho_{k,t} A_k                  off-policy gradient
     g~(s0)    = P drop(g(s0))                                                       sparse random projection
 
-The trajectories tau_1 .. tau_K were sampled once by collect.py from beta = pi_theta(0); no clipping, no KL
-term. (--rho-max c: a token weighs min(rho, c) instead of rho.) drop keeps each coordinate of the gradient
-with probability --keep, drawn once over ALL parameters and the same for every prompt. P maps the kept ones to
---dim numbers, so that dot products of sketches are unbiased estimates of dot products of gradients.
+The trajectories tau_1 .. tau_K were sampled once by collect.py from beta = pi_theta(0). There is no clipping
+and no KL term. drop keeps each coordinate of the gradient with probability --keep, drawn once over ALL
+parameters and the same for every prompt. P maps the kept ones to --dim numbers, so that dot products of
+sketches are unbiased estimates of dot products of gradients.
 
 Reads   --model      the current policy theta; --rollouts: one or more rollouts.pt of collect.py.
-Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero where all rewards are
-                     equal and, in the first file (the train prompts), for all but a share of --candidates.
-                     The .json beside it holds what must match before two sketches are compared (format,
-                     policy fingerprint, seed, keep, dim, rho_max) and what was seen (prompts, candidates,
-                     those of them skipped for equal rewards, tokens, seconds, mean and maximum |log rho|).
-
-One backward pass serves many prompts: at each layer, hooks (Sketcher) combine the input with the gradient at
-the output into one gradient per prompt (prompt_gradients) and add the kept coordinates to the sketches
-(Projection.add). A model with a layer unknown to prompt_gradients, or for which a trial disagrees with
-autograd (make_sketcher), is sketched by plain autograd, one prompt per pass; a line says so.
-
-A killed run, started again with the same command, resumes after its finished batches. Under torchrun, on
-a shared file system, the ranks share the batches. On CPUs the bytes are the same for any number of ranks with
-the same number of threads each (torchrun sets one; some CPUs round differently with more).
+Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt. A row is zero where all
+                     rewards are equal and, in the first file (the train prompts), for all but a share of
+                     --candidates. The .json beside it has what must match before two sketches are compared.
 
     python sketch.py --model runs/toy/world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
-    torchrun --nproc_per_node 8 sketch.py --model MODEL --rollouts train.pt --out train.npy --dtype bfloat16
+    python sketch.py --model POLICY --rollouts train.pt --out train.npy --rho-max 2 --candidates 1/3
+    torchrun --nproc_per_node 8 sketch.py --model POLICY --rollouts train.pt --out train.npy --dtype bfloat16
 """
 
 import argparse
@@ -39,7 +29,8 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from functools import partial
@@ -55,15 +46,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-FORMAT = 2  # of rollouts.pt and of the sketches' .json files
-BATCHED = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: what prompt_gradients knows
-# Size of a layer's per-prompt gradients that are held at a time (at least one prompt's): fits a CPU's cache.
-CHUNK = 2**26 if torch.cuda.is_available() else 2**20
-LOGITS = 2**25  # logits held in memory at a time (at least those of one response)
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
-
-# ---- the equations ----
+# ==== 1. The paper ==========================================================================================
 def group_advantage(rewards):
     """A_k = (R_k - mean R) / (std R + 1e-4), std with Bessel's correction; 0 in a group of equal rewards.
 
@@ -97,6 +81,87 @@ def off_policy_surrogate(logp, logp_beta, advantages, mask, k, rho_max=math.inf)
     return ((per_token * mask).sum(1) / mask.sum(1)).sum() / k
 
 
+def response_logits(policy, prompts, responses, temperature):
+    """The logits of pi_theta(. | s_t) for each response token, of b prompts with n responses each.
+
+    prompts: b sequences of token ids; responses: b * n sequences, prompt-major. Returns float32 logits /
+    temperature [b * n, R, V], R the length of the longest response; the response tokens [b * n, R]; and the
+    bool mask [b * n, R] of those that exist.
+
+    The policy is called twice: with the prompts, then with the responses, which share the cached keys and
+    values of their prompt; gradients flow back through these. Prompts are padded on the left and masked,
+    responses on the right, after all real tokens: what shares a batch changes results by rounding only.
+    """
+    n = len(responses) // len(prompts)
+    tokens, exist = pad(prompts, "left", policy.device)  # [b, P]
+    cache = DynamicCache(config=policy.config)
+    positions = (exist.cumsum(1) - 1).clamp(min=0)
+    logits = policy(tokens, attention_mask=exist.long(), position_ids=positions, past_key_values=cache,
+                    logits_to_keep=1).logits[:, -1:]
+    logits = logits.repeat_interleave(n, 0)  # [b * n, 1, V], for the first response token
+
+    targets, mask = pad(responses, "right", policy.device)  # [b * n, R]
+    if targets.shape[1] > 1:
+        cache.batch_repeat_interleave(n)
+        inputs = targets[:, :-1]  # each is followed by the next token
+        exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
+        positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
+        later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
+        logits = torch.cat([logits, later.logits], 1)  # [b * n, R, V]
+    return logits.float() / temperature, targets, mask
+
+
+def pad(sequences, side, device):
+    """Token ids [B, T] of B sequences, padded with 0 on one side, and the bool mask [B, T] of real tokens."""
+    tensors = [torch.as_tensor(sequence).long() for sequence in sequences]
+    exist = [torch.ones_like(tensor).bool() for tensor in tensors]
+    tokens = pad_sequence(tensors, batch_first=True, padding_side=side)
+    return tokens.to(device), pad_sequence(exist, batch_first=True, padding_side=side).to(device)
+
+
+def token_logprobs(logits, targets, mask):
+    """log pi(x_t | s_t) [B, R] of `targets` under softmax(logits [B, R, V]); 0 outside mask, bool [B, R]."""
+    logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return logp.view(mask.shape).masked_fill(~mask, 0)
+
+
+@dataclass
+class Trajectories:
+    """n of the K responses to one prompt that were sampled from beta."""
+
+    prompt: torch.Tensor  # token ids [|s0|]
+    responses: list  # n tensors of token ids, [|tau_k|] each
+    logp_beta: list  # n tensors [|tau_k|]: log beta of each token, at `temperature`
+    advantages: torch.Tensor  # [n]; the group is all K responses
+    k: int  # K
+    temperature: float
+
+
+def batch_surrogate(policy, batch, rho_max):
+    """off_policy_surrogate of b prompts (each with n responses), and log rho of the tokens [tokens]."""
+    responses = []
+    logp_beta = []
+    for tau in batch:
+        responses += tau.responses
+        logp_beta += tau.logp_beta
+    advantages = torch.cat([tau.advantages for tau in batch]).to(policy.device)  # [b * n]
+    logp_beta = pad_sequence(logp_beta, batch_first=True).to(policy.device)  # [b * n, R]
+    prompts = [tau.prompt for tau in batch]
+    logits, targets, mask = response_logits(policy, prompts, responses, batch[0].temperature)
+    logp = token_logprobs(logits, targets, mask)  # [b * n, R]
+    surrogate = off_policy_surrogate(logp, logp_beta, advantages, mask, batch[0].k, rho_max)
+    return surrogate, (logp.detach() - logp_beta)[mask]
+
+
+def prompt_gradient(policy, tau, rho_max=math.inf):
+    """g(s0) by plain autograd, {parameter name: gradient}, and log rho of the tokens [tokens]."""
+    parameters = dict(policy.requires_grad_(True).named_parameters())  # a tied weight once, with all its uses
+    surrogate, log_ratio = batch_surrogate(policy, [tau], rho_max)
+    gradients = torch.autograd.grad(surrogate, parameters.values(), allow_unused=True)
+    used = {name: gradient for name, gradient in zip(parameters, gradients) if gradient is not None}
+    return used, log_ratio
+
+
 def kept_coordinates(numel, keep, generator):
     """drop: indices of the kept coordinates among `numel`, each kept with probability `keep`; ascending."""
     if keep == 1:
@@ -122,7 +187,10 @@ class Projection:
     """
 
     def __init__(self, seed, keep, dim, device):
-        self.seed, self.keep, self.dim, self.device = seed, keep, dim, device
+        self.seed = seed
+        self.keep = keep
+        self.dim = dim
+        self.device = device
         self.drawn = {}  # parameter name -> (kept coordinates, their buckets), 8 bytes per kept coordinate
 
     def draw(self, name, numel):
@@ -150,54 +218,72 @@ class Projection:
         return (sums[:, :self.dim] - sums[:, self.dim:]) / self.keep**0.5
 
 
-# ---- the model: forward pass and gradient ----
-def output_logits(policy, hidden, temperature):
-    """float32 logits / temperature [B, R, V] of hidden states [B, R, H]: output layer and Gemma 2's cap."""
-    logits = policy.get_output_embeddings()(hidden)
-    cap = getattr(policy.config, "final_logit_softcapping", None)
-    return (cap * (logits / cap).tanh() if cap else logits).float() / temperature
+def sketch_prompt(policy, projection, tau, rho_max=math.inf):
+    """g~(s0) [dim], and log rho of the tokens [tokens]."""
+    gradient, log_ratio = prompt_gradient(policy, tau, rho_max)
+    sums = projection.zeros(1)
+    for name, part in gradient.items():
+        projection.add(name, part[None].float(), sums)
+    return projection.sketches(sums)[0], log_ratio
 
 
-def token_logprobs(logits, targets, mask):
-    """log pi(x_t | s_t) [B, R] of `targets` under softmax(logits [B, R, V]); 0 outside mask, bool [B, R]."""
-    logp = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return logp.view(mask.shape).masked_fill(~mask, 0)
+def sketch_file(args, sketcher, identity, number):
+    """Sketches --rollouts file `number`. Row i of its --out is g~ of prompt i, zero where rewards are equal.
 
-
-def group_hidden(base_model, prompts, responses):
-    """The hidden states that predict each response token, of b prompts with n responses each.
-
-    base_model: the policy without its output layer. prompts: b sequences of token ids; responses: b * n
-    sequences, prompt-major. Returns hidden [b * n, R, H], R the length of the longest response, the response
-    tokens [b * n, R] and the bool mask [b * n, R] of those that exist.
-
-    A prompt is read once: its n responses share its cached keys and values, through which their gradients
-    flow back. Prompts are padded on the left and masked; responses are padded on the right, after all real
-    tokens. So the composition of the batch changes results by rounding only.
+    sketcher: from choose_sketcher. identity: policy and projection, for the .json and the candidates' seed.
     """
-    device, n = base_model.device, len(responses) // len(prompts)
-    prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]
-    tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
-    exist = [torch.ones_like(p) for p in prompts]
-    attention = pad_sequence(exist, batch_first=True, padding_side="left").to(device)  # [b, P]
-    positions, cache = (attention.cumsum(1) - 1).clamp(min=0), DynamicCache(config=base_model.config)
-    hidden = base_model(tokens, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
-    hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
+    began = time.perf_counter()
+    rollouts = load_rollouts(args.rollouts[number])
+    rewards = rollouts["rewards"]  # [N, K]
+    advantages = group_advantage(rewards)  # [N, K]
+    share = args.candidates if number == 0 else 1  # the first file has the train prompts
+    candidates = draw_candidates(rewards, share, identity)
+    unequal = [i for i in candidates if rewards[i].max() > rewards[i].min()]  # the others have no gradient
+    plan = plan_batches(prompt_sizes(rollouts, unequal), rewards.shape[1], args.batch_tokens)
 
-    targets = pad_sequence(responses, batch_first=True).to(device)  # [b * n, R]
-    exist = [torch.ones_like(r).bool() for r in responses]
-    mask = pad_sequence(exist, batch_first=True).to(device)  # [b * n, R]
-    if targets.shape[1] > 1:
-        cache.batch_repeat_interleave(n)
-        inputs = targets[:, :-1]
-        attention = torch.cat([attention.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
-        positions = attention.cumsum(1)[:, tokens.shape[1]:] - 1
-        later = base_model(inputs, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
-        hidden = torch.cat([hidden, later], 1)
-    return hidden, targets, mask
+    def sketch_batch(micro_batch):
+        """g~ [b, dim] of b prompts, n of the K responses per pass; sum and maximum of |log rho|."""
+        prompts, n = micro_batch
+        sketches = 0
+        log_ratios = []
+        for responses in torch.arange(rewards.shape[1]).split(n):
+            batch = [select_trajectories(rollouts, advantages, i, responses) for i in prompts]
+            part, log_ratio = sketcher(batch, args.rho_max)
+            sketches = sketches + part  # a gradient is a sum over responses, and P drop(.) is linear
+            log_ratios.append(log_ratio.abs())
+        log_ratios = torch.cat(log_ratios)
+        return sketches.cpu(), float(log_ratios.sum()), float(log_ratios.max())
+
+    settings = [identity, args.batch_tokens, str(share), sha256(args.rollouts[number])]
+    results = run_batches(sketch_batch, plan, args.out[number], settings)  # resumes; ranks share the batches
+    if RANK == 0:
+        write_sketch(args, number, identity, rollouts, len(candidates), plan, results, began)
 
 
-def prompt_gradients(layer, x, delta):
+def main():
+    args = parse_arguments()
+    device = join_ranks(args.device)
+    policy = load_policy(args.model, device, args.dtype)
+    projection = Projection(args.seed, args.keep, args.dim, device)
+    sketcher = choose_sketcher(policy, projection)  # sketch_prompt, or the same for many prompts in one pass
+    identity = {"format": FORMAT, "policy": fingerprint(policy), "seed": args.seed, "keep": args.keep,
+                "dim": args.dim, "rho_max": str(args.rho_max)}  # JSON has no infinity
+    for number in range(len(args.rollouts)):
+        sketch_file(args, sketcher, identity, number)
+    remove_parts(args.out)
+    leave_ranks()
+
+
+# ==== 2. Faster, same numbers ===============================================================================
+# One backward pass makes the gradients of many prompts, in micro-batches of at most --batch-tokens tokens.
+# Without this part, sketch_prompt would make the same sketches, one prompt per pass.
+
+BATCHED = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: what layer_gradients knows
+# Numbers in a layer's per-prompt gradients held at a time (at least one prompt's): they fit a CPU's cache.
+CHUNK = 2**26 if torch.cuda.is_available() else 2**20
+
+
+def layer_gradients(layer, x, delta):
     """Gradients of a layer's parameters for each of b prompts: yields (parameter, float32 [b, *its shape]).
 
     x: the layer's input (of an RMSNorm, its output); delta: the gradient at its output. Both [b, T,
@@ -208,144 +294,195 @@ def prompt_gradients(layer, x, delta):
         weight.scatter_add_(1, x.expand_as(delta), delta.float())
         if layer.padding_idx is not None:
             weight[:, layer.padding_idx] = 0  # as in autograd: the padding id has no gradient
-    elif isinstance(layer, (nn.Linear, Conv1D)):
-        left, right = (delta, x) if isinstance(layer, nn.Linear) else (x, delta)
-        if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:  # factors as they are, float32 sums
-            weight = torch.bmm(left.mT, right, out_dtype=torch.float32)
-        else:
-            weight = left.mT.float() @ right.float()
+    elif isinstance(layer, nn.Linear):
+        weight = matmul_float32(delta.mT, x)
+    elif isinstance(layer, Conv1D):
+        weight = matmul_float32(x.mT, delta)
     elif isinstance(layer, nn.LayerNorm):
         weight = (delta.float() * F.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps)).sum(1)
-    else:  # RMSNorm: output / weight is the normalized input; if not (Gemma), make_sketcher notices
+    else:  # RMSNorm: output / weight is the normalized input; if not (Gemma), choose_sketcher notices
         weight = (delta.float() * x).sum(1) / layer.weight.float()
     yield layer.weight, weight
     if getattr(layer, "bias", None) is not None:
         yield layer.bias, delta.float().sum(1)
 
 
-class Sketcher:
-    """Hooks on a policy's layers that add each prompt's projected gradients to `sums` [b, 2 dim].
+def matmul_float32(left, right):
+    """left [b, m, T] @ right [b, T, n] with float32 sums and result; bfloat16 factors stay so on a GPU."""
+    if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
-    batched: one backward pass makes the gradients of many prompts. Otherwise, or if a layer is unknown, there
-    are no hooks, and plain autograd makes those of one prompt per pass.
+
+@contextmanager
+def layer_hooks(policy, projection, sums):
+    """Inside it, a backward pass adds the projected gradients of b prompts to sums [b, 2 dim].
+
+    Whenever the gradient at a layer's output is known, so are the gradients of its parameters, and their kept
+    coordinates are added. A layer may be called several times, and layers may share a weight: all uses are
+    added under the weight's one name. Rows of the batch are prompt-major, equally many per prompt.
     """
+    names = {parameter: name for name, parameter in policy.named_parameters()}
 
-    def __init__(self, policy, projection, batched=True):
-        self.policy, self.projection = policy, projection
-        self.names = {parameter: name for name, parameter in policy.named_parameters()}
-        layers = [m for m in policy.modules() if list(m.parameters(recurse=False))]
-        known = [type(m) in BATCHED or type(m).__name__.endswith("RMSNorm") for m in layers]  # no subclasses
-        self.batched = batched and all(known)
-        policy.requires_grad_(not self.batched)
-        policy.zero_grad()  # plain autograd reads .grad
-        self.hooks = [layer.register_forward_hook(self.after_forward) for layer in layers if self.batched]
-        self.sums = None  # [b, 2 dim], where the hooks add the gradients of a backward pass over b prompts
-        self.log_ratios = []  # (sum, maximum) of |log rho| over the tokens of each backward pass
-        self.calls = {}  # layer -> [(input, gradient at the output)] of its calls: prompts, responses
+    def after_forward(layer, inputs, output):
+        x = inputs[0] if isinstance(layer, BATCHED) else output
+        output.requires_grad_()  # the weights are frozen, so the graph starts at the embedding's output
+        output.register_hook(partial(add_gradients, layer, x.detach()))
 
-    def after_forward(self, layer, inputs, output):
-        """Forward hook: keeps the input (an RMSNorm's output) until the gradient at the output arrives."""
-        x = (inputs[0] if isinstance(layer, BATCHED) else output).detach()
-        output.requires_grad_()  # the graph starts at the embeddings' outputs, since the weights are frozen
-        calls = self.calls.setdefault(layer, [])
-        calls.append(None)
-        output.register_hook(partial(self.after_backward, layer, len(calls) - 1, x))
-
-    def after_backward(self, layer, number, x, delta):
-        """Backward hook: adds the layer's contribution when the gradients of all its calls are known."""
-        delta = delta.reshape(len(self.sums), -1, delta.shape[-1])  # [b, T, features]
-        self.calls[layer][number] = x.reshape(*delta.shape[:2], -1), delta
-        if None in self.calls[layer]:
-            return
-        xs, deltas = (torch.cat(tensors, 1) for tensors in zip(*self.calls.pop(layer)))
+    def add_gradients(layer, x, delta):
+        delta = delta.reshape(len(sums), -1, delta.shape[-1])  # [b, T, features]
+        x = x.reshape(*delta.shape[:2], -1)
         at_once = max(1, CHUNK // layer.weight.numel())  # prompts
-        for x, delta, sums in zip(xs.split(at_once), deltas.split(at_once), self.sums.split(at_once)):
-            for parameter, gradients in prompt_gradients(layer, x, delta):
-                self.projection.add(self.names[parameter], gradients, sums)
+        for start in range(0, len(sums), at_once):
+            some = slice(start, start + at_once)
+            for parameter, gradients in layer_gradients(layer, x[some], delta[some]):
+                projection.add(names[parameter], gradients, sums[some])
 
-    def add_autograd(self, sums):
-        """Adds to sums [1, 2 dim] what plain autograd has left in the parameters' .grad; clears it."""
-        for parameter, name in self.names.items():
-            if parameter.grad is not None:
-                self.projection.add(name, parameter.grad[None].float(), sums)
-                parameter.grad = None
-
-    def close(self):
-        for hook in self.hooks:
-            hook.remove()
+    handles = [layer.register_forward_hook(after_forward) for layer in layers_with_weights(policy)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def sketch_batch(sketcher, prompts, responses, logp_beta, advantages, k, temperature, rho_max=math.inf):
-    """What n of the K trajectories of each of b prompts contribute to g~ [b, dim].
+def layers_with_weights(policy):
+    return [layer for layer in policy.modules() if list(layer.parameters(recurse=False))]
 
-    prompts: b sequences of token ids. responses (b * n sequences), logp_beta (b * n tensors [|tau|]) and
-    advantages [b * n] are prompt-major.
 
-    The logits of a batch with a vocabulary of 150,000 do not fit into memory. So the output layer has passes
-    of its own, over a few responses each, from a copy of the hidden states; the other layers have one.
+def sketch_prompts(policy, projection, batch, rho_max=math.inf):
+    """g~ [b, dim] of b prompts' Trajectories by one backward pass, and log rho of their tokens [tokens]."""
+    policy.requires_grad_(False)  # weights: the hooks make their gradients, one for each prompt
+    sums = projection.zeros(len(batch))
+    with layer_hooks(policy, projection, sums):
+        surrogate, log_ratio = batch_surrogate(policy, batch, rho_max)
+        surrogate.backward()
+    return projection.sketches(sums), log_ratio
+
+
+def sketch_one_by_one(policy, projection, batch, rho_max=math.inf):
+    """As sketch_prompts, by sketch_prompt: for policies with layers that layer_gradients does not know."""
+    sketches, log_ratios = zip(*[sketch_prompt(policy, projection, tau, rho_max) for tau in batch])
+    return torch.stack(sketches), torch.cat(log_ratios)
+
+
+def choose_sketcher(policy, projection):
+    """sketch_prompts if it agrees with plain autograd on a trial, otherwise sketch_one_by_one.
+
+    Returns a function of (batch, rho_max). The trial: two prompts with two responses each, logp_beta = 0, so
+    that rho is pi_theta, and advantages of one sign, since cancelling would magnify rounding.
     """
-    policy, projection, n = sketcher.policy, sketcher.projection, len(responses) // len(prompts)
-    if len(prompts) > 1 and not sketcher.batched:  # plain autograd: one prompt per pass
-        sketches = []
-        for i, prompt in enumerate(prompts):
-            own = slice(i * n, (i + 1) * n)
-            sketches.append(sketch_batch(sketcher, [prompt], responses[own], logp_beta[own], advantages[own],
-                                         k, temperature, rho_max))
-        return torch.cat(sketches)
-    sums = projection.zeros(len(prompts))
-    advantages = advantages.to(policy.device)
-    beta = pad_sequence(logp_beta, batch_first=True).float().to(policy.device)  # [b * n, R]
-    hidden, targets, mask = group_hidden(policy.base_model, prompts, responses)
-    leaf = hidden.detach().requires_grad_()  # [b * n, R, H]
-    at_once = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))  # that fit
-    if at_once >= n:  # whole prompts, or an even share of one prompt's responses
-        at_once = at_once // n * n
-    else:
-        at_once = max(i for i in range(1, at_once + 1) if n % i == 0)
-    for start in range(0, len(leaf), at_once):
-        some = slice(start, start + at_once)
-        sketcher.sums = sums[start // n:(start + at_once - 1) // n + 1]
-        logits = output_logits(policy, leaf[some], temperature)  # [at_once, R, V]
-        logp = token_logprobs(logits, targets[some], mask[some])
-        off_policy_surrogate(logp, beta[some], advantages[some], mask[some], k, rho_max).backward()
-        log_ratio = (logp.detach() - beta[some]).abs()  # 0 - 0 outside the mask
-        sketcher.log_ratios.append(torch.stack([log_ratio.sum(), log_ratio.max()]))
-    sketcher.sums = sums
-    hidden.backward(leaf.grad)
-    sketcher.add_autograd(sums)  # where batched, there is nothing: the hooks have filled the sums
-    return projection.sketches(sums)
+    check_forward(policy)
+    one_by_one = partial(sketch_one_by_one, policy, projection)
+    batched = partial(sketch_prompts, policy, projection)
+    trial = []
+    for prompt, responses, advantages in (([1, 0, 1], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0]], [1.0, 0.5]),
+                                          ([0, 1, 1, 0, 1], [[1, 1], [0, 0, 1]], [0.75, 1.0])):
+        logp_beta = [torch.zeros(len(response)) for response in responses]
+        trial.append(Trajectories(prompt, responses, logp_beta, torch.tensor(advantages), 2, 1.0))
+    agrees = False
+    known = [type(layer) in BATCHED or type(layer).__name__.endswith("RMSNorm")  # a subclass may do anything
+             for layer in layers_with_weights(policy)]
+    if all(known):
+        expected, _ = one_by_one(trial)
+        with suppress(RuntimeError):  # CTRL changes a layer's output in place: not possible with a hook
+            found, _ = batched(trial)
+            error = (found - expected).norm(dim=1) / expected.norm(dim=1)
+            tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1  # of rounding, in deep models
+            agrees = bool((error <= tolerance).all())  # false for NaN
+    if agrees:
+        return batched
+    if RANK == 0:
+        print("sketch.py: plain autograd for this model, one prompt per pass", file=sys.stderr)
+    return one_by_one
 
 
-def make_sketcher(policy, projection):
-    """A batched Sketcher if it agrees with autograd on the policy's own logits, otherwise a plain one.
+def plan_batches(sizes, k, budget):
+    """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
 
-    Each is tried on two prompts with two responses each and logp_beta = 0, so that rho is pi_theta.
+    sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
+    prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
     """
-    prompts, responses = [[1, 0, 1], [0, 1, 1, 0, 1]], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
-    logp_beta = [torch.zeros(len(r)) for r in responses]
-    advantages = torch.tensor([1.0, 0.5, 0.75, 1.0])  # of one sign: cancelling would magnify rounding
-    tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1
-    problem = "a gradient that differs from that of the model's own logits"
-    sketcher, sums = Sketcher(policy, projection, batched=False), projection.zeros(2)
-    for j, response in enumerate(responses):
-        tokens = torch.tensor(prompts[j // 2] + response, device=policy.device)
-        pi = policy(tokens[None]).logits[0, :-1].float().softmax(-1).gather(1, tokens[1:, None])
-        (advantages[j] / 2 * pi[-len(response):].mean()).backward()
-        sketcher.add_autograd(sums[j // 2:j // 2 + 1])
-    truth = projection.sketches(sums)
-    for batched in (True, False):
-        sketcher = Sketcher(policy, projection, batched)
-        try:
-            found = sketch_batch(sketcher, prompts, responses, logp_beta, advantages, 2, 1.0)
-            error = (found - truth).norm(dim=1) / truth.norm(dim=1)
-            if (error <= tolerance).all():  # false for NaN
-                if not sketcher.batched and RANK == 0:
-                    print("sketch.py: plain autograd for this model, one prompt per pass", file=sys.stderr)
-                return sketcher
-        except Exception as error:  # a cache that cannot be repeated, for example
-            problem = repr(error)
-        sketcher.close()
-    fail(policy.name_or_path, problem, "a transformer with a KV cache", "choose another model")
+    plan = []
+    prompt_width = 0
+    width = 0
+    for prompt in sorted(sizes, key=lambda i: -sizes[i][0] - k * sizes[i][1]):
+        own, longest = sizes[prompt]
+        prompt_width = max(prompt_width, own)
+        width = max(width, longest)
+        if plan and (len(plan[-1][0]) + 1) * (prompt_width + k * width) <= budget:
+            plan[-1][0].append(prompt)
+        else:
+            rows = max(1, min(k, (budget - own) // longest))
+            plan.append(([prompt], rows))
+            prompt_width = own
+            width = longest
+    return plan
+
+
+# ==== 3. Files, resuming, bad input =========================================================================
+# The command line, rollouts.pt and .npy, batches that survive a kill and are shared by torchrun's processes
+# (ranks), and one-line errors. Nothing here changes a number; skip it, unless you change how files are made.
+
+FORMAT = 2  # of rollouts.pt and of the sketches' .json files
+RANK = int(os.environ.get("RANK", "0"))  # of this process among those that torchrun has started
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # their number
+
+
+def parse_arguments():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=NOTES, formatter_class=layout)
+    parser.add_argument("--model", required=True, help="current policy: a Hugging Face folder or hub name")
+    parser.add_argument("--rollouts", required=True, nargs="+", type=Path, help="rollouts.pt files")
+    parser.add_argument("--out", required=True, nargs="+", type=Path, help="a .npy for each of --rollouts")
+    parser.add_argument("--keep", type=float, default=0.1, help="probability of keeping a coordinate (0.1)")
+    parser.add_argument("--dim", type=int, default=32768, help="numbers per sketch (32768)")
+    parser.add_argument("--rho-max", type=float, default=math.inf, help="largest weight of a token (inf)")
+    parser.add_argument("--candidates", type=Fraction, default=Fraction(1),
+                        help="share of the first rollouts.pt to sketch, drawn anew for each policy (1)")
+    parser.add_argument("--batch-tokens", type=int, default=4096 if torch.cuda.is_available() else 512,
+                        help="tokens per micro-batch, bounds its memory (4096 on a GPU, 512 elsewhere)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                        help="of the weights (float32); gradients are summed in float32 either way")
+    parser.add_argument("--seed", type=int, default=0, help="of the projection and of the candidates (0)")
+    args = parser.parse_args()
+    check_arguments(args)
+    return args
+
+
+NOTES = """
+A killed run, started again with the same command, resumes after its finished batches. Under torchrun, on a
+shared file system, the ranks share the batches. On CPUs the bytes are the same for any number of ranks with
+the same number of threads each (torchrun sets one; some CPUs round differently with more).
+
+The .json has what must match before two sketches are compared: format, policy (a fingerprint of its weights),
+seed, keep, dim and rho_max. And what was seen: prompts, candidates, how many of these were skipped for equal
+rewards, their tokens, seconds, mean and maximum of |log rho|.
+"""
+
+
+def check_arguments(args):
+    """Refuses bad options, and rollouts without any gradient, before the model is loaded."""
+    if not (0 < args.keep <= 1 and 0 < args.candidates <= 1 and args.dim >= 1 and args.rho_max > 0):
+        fail("--keep, --candidates, --dim, --rho-max",
+             f"{args.keep}, {args.candidates}, {args.dim}, {args.rho_max}",
+             "0 < keep, candidates <= 1; dim >= 1; rho-max > 0", "use the paper's 0.1, 1, 32768, inf")
+    outs = {out.resolve() for out in args.out}
+    sidecars = {out.with_suffix(".json") for out in outs}
+    if not len(args.rollouts) == len(args.out) == len(sidecars - outs):
+        fail("--out", ", ".join(map(str, args.out)), f"{len(args.rollouts)} .npy files of different names",
+             "name one for each of --rollouts")
+    equal = []  # files whose prompts all have equal rewards
+    for path in args.rollouts:
+        rewards = load_rollouts(path)["rewards"]
+        if rewards.shape[1] < 2:
+            fail(path, f"K = {rewards.shape[1]}", "K >= 2, to compare responses", "collect with --k 2")
+        if not rewards.diff().any():
+            equal.append(path)
+    if args.rollouts[0] in equal or (equal and equal == args.rollouts[1:]):  # train, or all validation sets
+        fail(", ".join(map(str, equal)), "no prompt with unequal rewards",
+             "prompts with right and wrong responses", "collect more responses, or other prompts")
 
 
 def load_policy(name, device, dtype):
@@ -360,6 +497,32 @@ def load_policy(name, device, dtype):
         fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
 
 
+def check_forward(policy):
+    """Refuses a policy if response_logits are not its logits without a cache, or have another gradient."""
+    prompts = [[1, 0, 1], [0, 1, 1, 0, 1]]
+    responses = [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
+    tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1  # of rounding, in deep models
+    embedding = policy.requires_grad_(True).get_input_embeddings().weight
+    try:
+        logits, targets, mask = response_logits(policy, prompts, responses, 1.0)
+        plain = []
+        for number, response in enumerate(responses):
+            prompt = prompts[number // 2]
+            tokens = torch.tensor([prompt + response], device=policy.device)
+            plain.append(policy(tokens).logits[0, len(prompt) - 1:-1].float())
+        found = [logits[mask]]
+        expected = [torch.cat(plain)]
+        for values in (found, expected):
+            loss = F.cross_entropy(values[0], targets[mask])
+            values.append(torch.autograd.grad(loss, embedding)[0].float())
+        for one, other in zip(found, expected):
+            if not (one - other).norm() <= tolerance * other.norm():  # or NaN
+                raise ValueError("other logits, or another gradient, with a KV cache than without")
+    except Exception as error:  # a cache that cannot be repeated, for example
+        fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
+             "choose another model")
+
+
 def fingerprint(policy):
     """sha256 of the parameters' names and bytes: equal for equal policies."""
     digest = hashlib.sha256()
@@ -369,22 +532,14 @@ def fingerprint(policy):
     return digest.hexdigest()
 
 
-# ---- batches, files, ranks ----
-def fail(source, found, expected, hint):
-    """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
-    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
-    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
-    raise SystemExit(2)
-
-
 def load_rollouts(path):
     """rollouts.pt of collect.py; "prompts" [N], "responses" and "logprobs" [N*K] are sequences of tensors."""
     try:
         rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
         if rollouts["meta"]["format"] != FORMAT:
             raise ValueError(f"format {rollouts['meta']['format']}")
-        (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].tolist()
+        n, k = rollouts["rewards"].shape
+        lengths = rollouts["response_lengths"].tolist()
         rollouts["prompts"] = rollouts["prompt_tokens"].split(rollouts["prompt_lengths"].tolist())
         rollouts["responses"] = rollouts["response_tokens"].split(lengths)
         rollouts["logprobs"] = rollouts["logprobs"].split(lengths)
@@ -396,22 +551,58 @@ def load_rollouts(path):
     return rollouts
 
 
-def plan_batches(sizes, k, budget):
-    """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
+def select_trajectories(rollouts, advantages, prompt, responses):
+    """Trajectories of one prompt: `responses` are numbers of its K responses; advantages: [N, K]."""
+    k = advantages.shape[1]
+    rows = [prompt * k + int(number) for number in responses]
+    return Trajectories(rollouts["prompts"][prompt], [rollouts["responses"][row] for row in rows],
+                        [rollouts["logprobs"][row] for row in rows], advantages[prompt, responses], k,
+                        rollouts["meta"]["temperature"])
 
-    sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
-    prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
+
+def draw_candidates(rewards, share, identity):
+    """floor(share N) of the N prompts, in order, drawn from the seed and the policy."""
+    n = len(rewards)
+    generator = torch.Generator().manual_seed(stream_seed(identity["seed"], identity["policy"]))
+    candidates = torch.randperm(n, generator=generator)[:int(share * n)].sort().values
+    if share < 1 and not rewards[candidates].diff().any():
+        fail(f"--candidates {float(share)}", f"no unequal rewards among {len(candidates)} of {n} prompts",
+             "at least one candidate with a gradient", "raise it")
+    return candidates.tolist()
+
+
+def prompt_sizes(rollouts, prompts):
+    """{prompt: (its tokens, tokens of its longest response)} for plan_batches."""
+    longest = rollouts["response_lengths"].view_as(rollouts["rewards"]).amax(1).tolist()
+    return {i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}
+
+
+def run_batches(work, plan, out, settings):
+    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings.
+
+    Each rank does every WORLD-th batch, unless its file exists. Returns when all ranks have finished: an
+    iterator over the results in the plan's order, which reads one at a time, since all may not fit in memory.
     """
-    plan, prompt_width, width = [], 0, 0
-    for prompt in sorted(sizes, key=lambda i: -sizes[i][0] - k * sizes[i][1]):
-        own, longest = sizes[prompt]
-        prompt_width, width = max(prompt_width, own), max(width, longest)
-        if plan and (len(plan[-1][0]) + 1) * (prompt_width + k * width) <= budget:
-            plan[-1][0].append(prompt)
-        else:
-            plan.append(([prompt], max(1, min(k, (budget - own) // longest))))
-            prompt_width, width = own, longest
-    return plan
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    folder = out.with_name(f"{out.name}.{digest[:16]}.parts")
+    parts = [folder / f"{number}.pt" for number in range(len(plan))]
+    if out.is_dir():
+        fail(out, "a folder, which cannot be written", "a file to write", "choose another --out")
+    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
+        if not parts[number].exists():
+            with replacing(parts[number]) as file:
+                torch.save(work(plan[number]), file)
+    if WORLD > 1:
+        torch.distributed.barrier()
+    return (torch.load(part, weights_only=True, mmap=True) for part in parts)
+
+
+def remove_parts(outs):
+    """Removes the finished batches of this and of earlier, unfinished runs that had the same --out."""
+    if RANK == 0:
+        for out in outs:
+            for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
+                shutil.rmtree(folder)
 
 
 @contextmanager
@@ -420,7 +611,9 @@ def replacing(path):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "wb")  # opening a folder raises
+        if path.is_dir():
+            raise IsADirectoryError("a folder has this name")
+        file = open(part, "wb")
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
     with file:
@@ -428,130 +621,71 @@ def replacing(path):
     os.replace(part, path)
 
 
-def run_batches(work, plan, out, settings):
-    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the results.
+def write_sketch(args, number, identity, rollouts, candidates, plan, results, began):
+    """Writes the .npy and .json of --rollouts file `number` from the results of a plan; says what was seen.
 
-    Each rank does every WORLD-th batch, unless its file exists. Returns when all ranks have finished.
+    Rows are written where they belong, one by one: memory does not grow with the number of prompts.
     """
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    parts = [out.with_name(f"{out.name}.{digest[:16]}.parts") / f"{i}.pt" for i in range(len(plan))]
-    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
-        if not parts[number].exists():
-            with replacing(out if out.is_dir() else parts[number]) as file:  # a wrong --out fails before work
-                torch.save(work(plan[number]), file)
-    if WORLD > 1:
-        torch.distributed.barrier()
-    return (torch.load(part, weights_only=True, mmap=True) for part in parts)
-
-
-def sketch_prompts(sketcher, rollouts, rho_max, micro_batch):
-    """g~ [b, dim] of a micro-batch (prompts, rows), and the sum and maximum of |log rho| over its tokens."""
-    (prompts, rows), sketches = micro_batch, 0
-    advantages = group_advantage(rollouts["rewards"][prompts])  # [b, K]
-    k, sketcher.log_ratios = advantages.shape[1], []
-    for first in range(0, k, rows):
-        at = [i * k + j for i in prompts for j in range(k)[first:first + rows]]
-        sketches = sketches + sketch_batch(
-            sketcher, [rollouts["prompts"][i] for i in prompts], [rollouts["responses"][j] for j in at],
-            [rollouts["logprobs"][j] for j in at], advantages[:, first:first + rows].flatten(), k,
-            rollouts["meta"]["temperature"], rho_max)
-    sums, maxima = torch.stack(sketcher.log_ratios).cpu().T
-    return sketches.cpu(), float(sums.sum()), float(maxima.max())
-
-
-def sketch_file(sketcher, path, out, identity, batch_tokens, share=1):
-    """Sketches one rollouts.pt into a .npy and its .json. identity: policy and projection, for the .json.
-
-    share: that of the prompts that are candidates, drawn from the seed and the policy. Other rows are zero.
-    """
-    began, rollouts = time.perf_counter(), load_rollouts(path)
-    (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].view_as(rollouts["rewards"])
-    generator = torch.Generator().manual_seed(stream_seed(identity["seed"], identity["policy"]))
-    candidates = torch.randperm(n, generator=generator)[:int(share * n)].sort().values
-    varied = candidates[rollouts["rewards"][candidates].diff().any(1)].tolist()  # with unequal rewards
-    if share < 1 and not varied:
-        fail(path, "no candidate with unequal rewards", "at least one", "raise --candidates")
-    sizes = {i: (len(rollouts["prompts"][i]), int(lengths[i].max())) for i in varied}
-    plan = plan_batches(sizes, k, batch_tokens)
-    with open(path, "rb") as file:
-        settings = [identity, batch_tokens, str(share), hashlib.file_digest(file, "sha256").hexdigest()]
-    work = partial(sketch_prompts, sketcher, rollouts, float(identity["rho_max"]))
-    results = run_batches(work, plan, out, settings)
-    if RANK > 0:
-        return
-    log_ratio_sum, log_ratio_max = 0.0, 0.0  # over all tokens
-    with replacing(out) as file:  # only its name is used; rows of skipped prompts stay zero
-        np.lib.format.open_memmap(file.name, "w+", "<f4", (n, identity["dim"]))
+    out = args.out[number]
+    shape = len(rollouts["rewards"]), identity["dim"]
+    prompts = []
+    log_ratio_sum = 0.0
+    log_ratio_max = 0.0
+    with replacing(out) as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        start = file.tell()
+        file.truncate(start + 4 * math.prod(shape))  # rows that are not written are zero
         for (batch, _), (sketches, part_sum, part_max) in zip(plan, results):
-            np.load(file.name, mmap_mode="r+")[batch] = sketches.numpy()  # unmapped after each part
-            log_ratio_sum, log_ratio_max = log_ratio_sum + part_sum, max(log_ratio_max, part_max)
-    tokens = int(lengths[varied].sum())
-    sidecar = {**identity, "prompts": n, "candidates": len(candidates),
-               "skipped": len(candidates) - len(varied), "tokens": tokens,
-               "log_ratio_mean": log_ratio_sum / max(1, tokens), "log_ratio_max": log_ratio_max,
-               "seconds": round(time.perf_counter() - began, 2)}
+            for prompt, row in zip(batch, sketches.numpy()):
+                file.seek(start + 4 * shape[1] * prompt)
+                file.write(row.tobytes())
+            prompts += batch
+            log_ratio_sum += part_sum
+            log_ratio_max = max(log_ratio_max, part_max)
+    tokens = int(rollouts["response_lengths"].view_as(rollouts["rewards"])[prompts].sum())
+    mean = log_ratio_sum / max(1, tokens)
+    skipped = candidates - len(prompts)
+    seconds = round(time.perf_counter() - began, 2)
+    sidecar = {**identity, "prompts": shape[0], "candidates": candidates, "skipped": skipped,
+               "tokens": tokens, "log_ratio_mean": mean, "log_ratio_max": log_ratio_max, "seconds": seconds}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
-    mean = sidecar["log_ratio_mean"]
-    print(f"{out}: {n} prompts, {len(candidates)} candidates, {sidecar['skipped']} of them skipped for equal "
-          f"rewards; |log rho| {mean:.3f} on average, at most {log_ratio_max:.1f}; {sidecar['seconds']} s")
-    if mean > 0.05 and sketcher.policy.name_or_path == rollouts["meta"]["model"]:
-        print(f"sketch.py: warning: {path}: mean |log rho| is {mean:.3f} although --model sampled it; "
-              "the engine rounds differently: collect with --engine hf, or with float32", file=sys.stderr)
+    print(f"{out}: {shape[0]} prompts, {candidates} candidates, {skipped} of them skipped for equal rewards; "
+          f"|log rho| {mean:.3f} on average, at most {log_ratio_max:.1f}; {seconds} s")
+    if mean > 0.05 and args.model == rollouts["meta"]["model"]:
+        print(f"sketch.py: warning: {args.rollouts[number]}: mean |log rho| is {mean:.3f} although --model "
+              "sampled it; the engine rounds differently: collect with --engine hf, or with float32",
+              file=sys.stderr)
 
 
-# ---- the command line ----
-def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--model", required=True, help="current policy: a Hugging Face folder or hub name")
-    parser.add_argument("--rollouts", required=True, nargs="+", type=Path, help="rollouts.pt files")
-    parser.add_argument("--out", required=True, nargs="+", type=Path, help="a .npy for each of --rollouts")
-    parser.add_argument("--keep", type=float, default=0.1, help="probability of keeping a coordinate (0.1)")
-    parser.add_argument("--dim", type=int, default=32768, help="numbers per sketch (32768)")
-    parser.add_argument("--rho-max", type=float, default=math.inf, help="largest weight of a token (inf)")
-    parser.add_argument("--candidates", type=Fraction, default=Fraction(1),
-                        help="share of the first rollouts.pt to sketch, drawn anew for each policy (1)")
-    parser.add_argument("--batch-tokens", type=int, default=8192 if torch.cuda.is_available() else 512,
-                        help="tokens per micro-batch (8192 on a GPU, 512 elsewhere)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
-                        help="of the weights (float32); gradients are summed in float32 either way")
-    parser.add_argument("--seed", type=int, default=0, help="of the projection (0)")
-    args = parser.parse_args()
-    if not (0 < args.keep <= 1 and 0 < args.candidates <= 1 and args.dim >= 1 and args.rho_max > 0):
-        fail("--keep, --candidates, --dim, --rho-max",
-             f"{args.keep}, {args.candidates}, {args.dim}, {args.rho_max}",
-             "0 < keep, candidates <= 1; dim >= 1; rho-max > 0", "use the paper's 0.1, 1, 32768, inf")
-    sidecars = {out.resolve().with_suffix(".json") for out in args.out}
-    if not len(args.rollouts) == len(args.out) == len(sidecars - {out.resolve() for out in args.out}):
-        fail("--out", ", ".join(map(str, args.out)), f"{len(args.rollouts)} .npy files of different names",
-             "name one for each of --rollouts")
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def join_ranks(device):
+    """Joins the other processes of torchrun, silences the libraries, returns this rank's device."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    rewards = {path: load_rollouts(path)["rewards"] for path in args.rollouts}  # bad input fails before work
-    for path, found in rewards.items():
-        if found.shape[1] < 2:
-            fail(path, f"K = {found.shape[1]}", "K >= 2, to compare responses", "collect with --k 2 or more")
-    flat = [path for path, found in rewards.items() if not found.diff().any()]  # every gradient is zero
-    if args.rollouts[0] in flat or (flat and flat == args.rollouts[1:]):  # train, or all validation sets
-        fail(", ".join(map(str, flat)), "no prompt with unequal rewards",
-             "prompts with right and wrong responses", "collect more responses, or other prompts")
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
-    policy = load_policy(args.model, args.device, args.dtype)
-    identity = {"format": FORMAT, "policy": fingerprint(policy), "seed": args.seed, "keep": args.keep,
-                "dim": args.dim, "rho_max": str(args.rho_max)}  # JSON has no infinity
-    sketcher = make_sketcher(policy, Projection(args.seed, args.keep, args.dim, policy.device))
-    for number, (path, out) in enumerate(zip(args.rollouts, args.out)):
-        share = 1 if number else args.candidates
-        sketch_file(sketcher, path, out, identity, args.batch_tokens, share)
-    for out in args.out if RANK == 0 else ():
-        for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
-            shutil.rmtree(folder)
+        if device == "cuda":
+            return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def leave_ranks():
     if WORLD > 1:
         torch.distributed.destroy_process_group()
+
+
+def fail(source, found, expected, hint):
+    """Reports wrong input in one line on stderr and exits with code 2."""
+    if RANK > 0:
+        time.sleep(5)  # torchrun ends this rank if rank 0 has reported the same
+    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

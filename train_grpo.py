@@ -9,35 +9,19 @@ maximizes, averaged over the prompts,
 
 pi_ref is --ref, the policy before any RL, in every phase. AdamW (PyTorch's default weight decay, 0.01) makes
 one update per batch: pi_old is pi_theta itself, rho is 1 with the gradient of log pi, nothing is clipped.
-
-DAPO (Yu et al. 2025) is --dynamic-sampling, which replaces groups of equal rewards by the groups of further
-prompts, in at most 10 rounds of --batch-size prompts per step (if too few remain, the batch is smaller), and
---token-mean, which averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
+Random are the order of the prompts, by (--seed, epoch), and the responses, by (--seed, step, place in batch).
 
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its meta, temperature, length limit,
                      end tokens and verifier. Its responses are not used.
         --select     selected.npy of score.py: int64 [n], the prompts to train on.
-        --eval       rollouts.pt files made with --k 0: test sets. Accuracy is the mean reward of
-                     --eval-samples responses per prompt at --eval-temperature, and of one greedy response.
-        --optimizer  optimizer.pt of the previous phase: AdamW's state, the step count and the place in the
-                     order of prompts continue from it.
-Writes  --out        a Hugging Face checkpoint, optimizer.pt, args.json and metrics.jsonl, one line per step:
-            step (over all phases), seconds (of this phase, without evaluation), sampling_seconds, eval;
-            of all that was sampled: reward, frac_reward_zero_std (share of groups with equal rewards),
-            tokens, response_length (mean tokens), frac_truncated (share that reach the length limit), rounds;
-            of the update: groups, kl and entropy (per token, in nats), grad_norm, sampling_logp_difference
-            (mean |trainer's log-prob - sampler's| per token); sample and sample_reward, a prompt with its
-            first response as text: read some, since a policy also learns what only deceives the verifier.
-
-The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
-from the last checkpoint (--save-every). On a CPU with the same number of threads, it ends with the same
-policy, byte for byte: random numbers depend on (seed, step, place in the batch) only. --dtype bfloat16 is
-mixed precision: weights and AdamW's state stay float32. Under torchrun, FSDP2 shards weights, gradients and
-AdamW's state, and each rank samples its share of the prompts; another number of ranks can resume a run. After
-Ctrl-C, torchrun kills the ranks in 30 s: set --shutdown_timeout to more seconds than a step takes.
+        --eval       rollouts.pt files made with --k 0: test sets.
+        --optimizer  optimizer.pt of the previous phase, whose AdamW state and order of prompts are continued.
+Writes  --out        a Hugging Face checkpoint, optimizer.pt, args.json and metrics.jsonl, one line per step.
 
     python train_grpo.py --model runs/toy/world/base --rollouts train.pt --select selected.npy --out policy \\
         --eval test.pt --steps 30 --batch-size 64 --lr 1e-4
+    python train_grpo.py --model policy --ref runs/toy/world/base --optimizer policy/optimizer.pt \\
+        --rollouts train.pt --select selected2.npy --out policy2 --steps 30 --batch-size 64 --lr 1e-4
     torchrun --nproc_per_node 8 --shutdown_timeout 1800 train_grpo.py --model MODEL --rollouts train.pt \\
         --select selected.npy --out policy --steps 100 --dtype bfloat16
 """
@@ -56,6 +40,8 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -71,16 +57,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-FORMAT = 2  # of rollouts.pt
+# ==== 1. The paper ==========================================================================================
 CLIP = 0.2  # eps, the paper's value; no flag: with one update per batch, clipping never applies
-ROUNDS = 10  # of dynamic sampling per step, at most
-LOGITS = 2**25  # logits held in memory at a time (at least those of one response)
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
-SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # to load them
 
 
-# ---- the equations ----
 def group_advantage(rewards):
     """A_k = (R_k - mean R) / (std R + 1e-4), std with Bessel's correction; 0 in a group of equal rewards.
 
@@ -121,12 +101,42 @@ def grpo_objective(logp, logp_old, logp_ref, entropy, advantages, mask, clip, kl
     return (tokens * mask).sum(1) / mask.sum(1)
 
 
-# ---- the model: forward pass and update ----
-def output_logits(policy, hidden, temperature):
-    """float32 logits / temperature [B, R, V] of hidden states [B, R, H]: output layer and Gemma 2's cap."""
-    logits = policy.get_output_embeddings()(hidden)
-    cap = getattr(policy.config, "final_logit_softcapping", None)
-    return (cap * (logits / cap).tanh() if cap else logits).float() / temperature
+def response_logits(policy, prompts, responses, temperature):
+    """The logits of pi_theta(. | s_t) for each response token, of b prompts with n responses each.
+
+    prompts: b sequences of token ids; responses: b * n sequences, prompt-major. Returns float32 logits /
+    temperature [b * n, R, V], R the length of the longest response; the response tokens [b * n, R]; and the
+    bool mask [b * n, R] of those that exist.
+
+    The policy is called twice: with the prompts, then with the responses, which share the cached keys and
+    values of their prompt; gradients flow back through these. Prompts are padded on the left and masked,
+    responses on the right, after all real tokens: what shares a batch changes results by rounding only.
+    """
+    n = len(responses) // len(prompts)
+    tokens, exist = pad(prompts, "left", policy.device)  # [b, P]
+    cache = DynamicCache(config=policy.config)
+    positions = (exist.cumsum(1) - 1).clamp(min=0)
+    logits = policy(tokens, attention_mask=exist.long(), position_ids=positions, past_key_values=cache,
+                    logits_to_keep=1).logits[:, -1:]
+    logits = logits.repeat_interleave(n, 0)  # [b * n, 1, V], for the first response token
+
+    targets, mask = pad(responses, "right", policy.device)  # [b * n, R]
+    if targets.shape[1] > 1:
+        cache.batch_repeat_interleave(n)
+        inputs = targets[:, :-1]  # each is followed by the next token
+        exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
+        positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
+        later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
+        logits = torch.cat([logits, later.logits], 1)  # [b * n, R, V]
+    return logits.float() / temperature, targets, mask
+
+
+def pad(sequences, side, device):
+    """Token ids [B, T] of B sequences, padded with 0 on one side, and the bool mask [B, T] of real tokens."""
+    tensors = [torch.as_tensor(sequence).long() for sequence in sequences]
+    exist = [torch.ones_like(tensor).bool() for tensor in tensors]
+    tokens = pad_sequence(tensors, batch_first=True, padding_side=side)
+    return tokens.to(device), pad_sequence(exist, batch_first=True, padding_side=side).to(device)
 
 
 def token_logprobs(logits, targets, mask):
@@ -135,161 +145,245 @@ def token_logprobs(logits, targets, mask):
     return logp.view(mask.shape).masked_fill(~mask, 0)
 
 
-def group_hidden(base_model, prompts, responses):
-    """The hidden states that predict each response token, of b prompts with n responses each.
+@dataclass
+class Group:
+    """G responses to one prompt that were sampled from the current policy; or some of them."""
 
-    base_model: the policy without its output layer. prompts: b sequences of token ids; responses: b * n
-    sequences, prompt-major. Returns hidden [b * n, R, H], R the length of the longest response, the response
-    tokens [b * n, R] and the bool mask [b * n, R] of those that exist.
-
-    A prompt is read once: its n responses share its cached keys and values, through which their gradients
-    flow back. Prompts are padded on the left and masked; responses are padded on the right, after all real
-    tokens. So the composition of the batch changes results by rounding only.
-    """
-    device, n = base_model.device, len(responses) // len(prompts)
-    prompts, responses = [[torch.as_tensor(x).long() for x in rows] for rows in (prompts, responses)]
-    tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(device)  # [b, P]
-    exist = [torch.ones_like(p) for p in prompts]
-    attention = pad_sequence(exist, batch_first=True, padding_side="left").to(device)  # [b, P]
-    positions, cache = (attention.cumsum(1) - 1).clamp(min=0), DynamicCache(config=base_model.config)
-    hidden = base_model(tokens, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
-    hidden = hidden[:, -1:].repeat_interleave(n, 0)  # [b * n, 1, H], which predicts the first response token
-
-    targets = pad_sequence(responses, batch_first=True).to(device)  # [b * n, R]
-    exist = [torch.ones_like(r).bool() for r in responses]
-    mask = pad_sequence(exist, batch_first=True).to(device)  # [b * n, R]
-    if targets.shape[1] > 1:
-        cache.batch_repeat_interleave(n)
-        inputs = targets[:, :-1]
-        attention = torch.cat([attention.repeat_interleave(n, 0), torch.ones_like(inputs)], 1)
-        positions = attention.cumsum(1)[:, tokens.shape[1]:] - 1
-        later = base_model(inputs, attention_mask=attention, position_ids=positions, past_key_values=cache)[0]
-        hidden = torch.cat([hidden, later], 1)
-    return hidden, targets, mask
+    prompt: list  # token ids
+    responses: list  # G lists of token ids
+    logprobs: list  # G lists: log pi of each token, as the sampler computed it
+    rewards: list  # G numbers in [0, 1]
+    advantages: torch.Tensor = None  # [G]
 
 
-def backbone(policy):
-    """The policy without its output layer; under FSDP the policy, whose forward pass is then the same."""
-    return policy if WORLD > 1 else policy.base_model
-
-
-def plan_batches(sizes, k, budget):
-    """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
-
-    sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
-    prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
-    """
-    plan, prompt_width, width = [], 0, 0
-    for prompt in sorted(sizes, key=lambda i: -sizes[i][0] - k * sizes[i][1]):
-        own, longest = sizes[prompt]
-        prompt_width, width = max(prompt_width, own), max(width, longest)
-        if plan and (len(plan[-1][0]) + 1) * (prompt_width + k * width) <= budget:
-            plan[-1][0].append(prompt)
-        else:
-            plan.append(([prompt], max(1, min(k, (budget - own) // longest))))
-            prompt_width, width = own, longest
-    return plan
-
-
-def grpo_step(policy, reference, optimizer, prompts, responses, logp_sampled, rewards, args):
+def grpo_step(policy, reference, optimizer, groups, args):
     """One AdamW update towards higher J on a batch of groups. Returns its row of metrics.jsonl.
 
-    prompts: B sequences of token ids; responses, logp_sampled: B*G lists, prompt-major; rewards: [B, G]. J is
-    a mean over the B*G responses (--token-mean: over all tokens); each micro-batch adds its part. args: the
-    command line's train_temperature, kl_coef, entropy_coef, token_mean, max_grad_norm and batch_tokens.
+    J is a mean over the batch's responses (with --token-mean: over its tokens). Each micro-batch adds its
+    part of the gradient. reference: pi_ref, or None without a KL term.
     """
-    group, tokens, device = rewards.shape[1], sum(map(len, responses)), policy.device
-    advantages = group_advantage(rewards).flatten().to(device)  # [B*G]
-    sums, sizes = torch.zeros(3, device=device), {}  # over all tokens: of k3, H and |logp - logp_sampled|
-    for j, prompt in enumerate(prompts):
-        sizes[j] = len(prompt), max(map(len, responses[j * group:(j + 1) * group]))
-    passes = []
-    for batch, n in plan_batches(sizes, group, args.batch_tokens):
-        passes += [(batch, range(group)[first:first + n]) for first in range(0, group, n)]
-    for turn in range(0, len(passes), WORLD):
-        mine = turn + RANK < len(passes)  # a rank without work joins FSDP's collectives with weight 0
-        batch, which = passes[turn + RANK if mine else 0]
-        rows = [j * group + i for j in batch for i in which]
-        groups = [prompts[j] for j in batch], [responses[r] for r in rows]
-        hidden, targets, mask = group_hidden(backbone(policy), *groups)  # [b * n, R, H], [b * n, R]
-        with torch.no_grad():
-            hidden_ref = group_hidden(backbone(reference), *groups)[0] if reference else None
-        sampled = [torch.tensor(logp_sampled[r]) for r in rows]
-        sampled = pad_sequence(sampled, batch_first=True).to(device)  # [b * n, R]
-        leaf = hidden.detach().requires_grad_()  # the output layer's backward pass comes first
-        weights = advantages[torch.tensor(rows, device=device)]  # [b * n]
-        at_once = max(1, LOGITS // (mask.shape[1] * policy.config.get_text_config().vocab_size))
-        for some in torch.arange(len(rows), device=device).split(at_once):
-            logits = output_logits(policy, leaf[some], args.train_temperature)  # [at_once, R, V]
-            logp = token_logprobs(logits, targets[some], mask[some])
-            entropy, logp_ref = token_entropy(logits, mask[some]), logp.detach()
-            if reference:  # otherwise k3 and its gradient are 0
-                with torch.no_grad():
-                    logits = output_logits(reference, hidden_ref[some], args.train_temperature)
-                    logp_ref = token_logprobs(logits, targets[some], mask[some])
-            objective = grpo_objective(logp, logp.detach(), logp_ref, entropy, weights[some], mask[some],
-                                       CLIP, args.kl_coef, args.entropy_coef)
-            if args.token_mean:  # weights |o_i| / mean |o|
-                objective = objective * mask[some].sum(1) * (len(responses) / tokens)
-            (-objective.sum() * mine * WORLD / len(responses)).backward()  # FSDP takes the mean over ranks
-            seen = kl_k3(logp, logp_ref), entropy, (logp - sampled[some]).abs()  # 0 where there is no token
-            sums += mine * torch.stack([x.detach().sum() for x in seen])
-        hidden.backward(leaf.grad)
-    if WORLD > 1:
-        torch.distributed.all_reduce(sums)
+    responses = sum(len(group.responses) for group in groups)
+    tokens = sum(len(response) for group in groups for response in group.responses)
+    sums = torch.zeros(3, device=policy.device)  # over all tokens: of k3, H and |logp - sampler's|
+    for batch, weight in share_of_rank(micro_batches(groups, args.batch_tokens)):  # weight is 1 on one GPU
+        prompts = [group.prompt for group in batch]
+        chosen = sum([group.responses for group in batch], [])  # n of the G responses to each prompt
+        with mixed_precision(policy, args.dtype):
+            logits, targets, mask = response_logits(policy, prompts, chosen, args.train_temperature)
+        logp = token_logprobs(logits, targets, mask)  # [b * n, R]
+        entropy = token_entropy(logits, mask)
+        logp_ref = logp.detach()  # without a reference, k3 and its gradient are 0
+        if reference:
+            with torch.no_grad(), mixed_precision(reference, args.dtype):
+                logits, _, _ = response_logits(reference, prompts, chosen, args.train_temperature)
+                logp_ref = token_logprobs(logits, targets, mask)
+        advantages = torch.cat([group.advantages for group in batch]).to(policy.device)  # [b * n]
+        objective = grpo_objective(logp, logp.detach(), logp_ref, entropy, advantages, mask, CLIP,
+                                   args.kl_coef, args.entropy_coef)  # [b * n]
+        if args.token_mean:
+            objective = objective * mask.sum(1) * (responses / tokens)  # weights |o_i| / mean |o|
+        loss = -objective.sum() / responses
+        (weight * loss).backward()
+        sampled = sum([group.logprobs for group in batch], [])
+        sampled = pad_sequence([torch.tensor(logprobs) for logprobs in sampled], batch_first=True)
+        difference = (logp - sampled.to(policy.device)).abs()  # 0 where there is no token
+        seen = [kl_k3(logp, logp_ref).sum(), entropy.sum(), difference.sum()]
+        sums += weight * torch.stack(seen).detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    kl, entropy, difference = (sums / tokens).tolist()
-    return {"groups": len(prompts), "kl": kl, "entropy": entropy, "sampling_logp_difference": difference,
+    kl, entropy, difference = (mean_over_ranks(sums) / tokens).tolist()
+    return {"groups": len(groups), "kl": kl, "entropy": entropy, "sampling_logp_difference": difference,
             "grad_norm": float(whole(grad_norm))}
 
 
-def whole(tensor):
-    """A tensor that FSDP has sharded, whole on every rank."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def main():
+    args = parse_arguments()
+    device = join_ranks(args.device)
+    rollouts = load_rollouts(args.rollouts)
+    selected = load_selection(args.select, len(rollouts["prompts"]))
+    tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
+    check_verifiers([rollouts, *tests.values()], args.verifier)
+    run = Run(args, selected)  # works in OUT.part: checkpoints, metrics, Ctrl-C
+    if run.is_complete():
+        return
+    run.lock()
+    tokenizer = load_tokenizer(args.model)
+    sampler = Sampler(args, device, tokenizer, [rollouts, *tests.values()])  # first: vLLM needs an empty GPU
+    policy = build_policy(args.model, device, args.dtype)
+    reference = build_policy(args.ref or args.model, device, args.dtype) if args.kl_coef else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
+    run.check_space(policy)
+    state = run.resume(policy, optimizer)  # step over all phases, done in this one, position in the prompts
+    sampler.update(policy)
+    if state.step == 0:
+        run.log(state, evaluate(sampler, tests, args))
+
+    while state.done < args.steps and not run.stopped:
+        began = time.perf_counter()
+        groups, row = sample_groups(sampler, rollouts, selected, state, args)
+        row["sampling_seconds"] = time.perf_counter() - began
+        for group in groups:
+            group.advantages = group_advantage(torch.tensor(group.rewards))
+        sampler.sleep()  # vLLM's memory is for the update
+        row |= grpo_step(policy, reference, optimizer, groups, args)
+        check_step(row, state.done == 0)
+        sampler.update(policy)  # the next step samples from the new policy
+        state.step += 1
+        state.done += 1
+        state.seconds += time.perf_counter() - began
+        row |= show_sample(groups[0], tokenizer)
+        if state.done == args.steps or state.step % args.eval_every == 0:
+            row |= evaluate(sampler, tests, args)
+        run.log(state, row)
+        run.save_if_due(policy, optimizer, state)  # also after Ctrl-C, which ends the loop
+    run.finish(policy, optimizer, tokenizer, state)
+    leave_ranks(args.engine)
 
 
-def check_forward(policy):
-    """Refuses a policy whose own logits are not those of group_hidden and output_logits."""
-    prompts, responses = [[1, 0, 1], [0, 1, 1, 0, 1]], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
-    try:
-        with torch.no_grad():
-            found = output_logits(policy, group_hidden(policy.base_model, prompts, responses)[0], 1.0)
-            expected = policy(torch.tensor([prompts[0] + responses[0]], device=policy.device)).logits[:, 2:6]
-        if not (found[:1, :4] - expected).norm() <= 1e-2 * expected.norm():  # or NaN
-            raise ValueError("other logits with a KV cache, or not those of the output layer")
-    except Exception as error:  # a cache that cannot be repeated, for example
-        fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
-             "choose another model")
-
-
-def build_policy(name, args):
-    """The policy or the reference, in float32: sharded by FSDP2 under torchrun, otherwise under autocast."""
-    if WORLD == 1:  # mixed precision: an update of 1e-6 would be rounded away in bfloat16 weights
-        policy = load_policy(name, args.device, "float32")
-        check_forward(policy)
-        autocast = torch.autocast(policy.device.type, torch.bfloat16, args.dtype == "bfloat16")
-        for module in (policy, policy.base_model, policy.get_output_embeddings()):
-            module.forward = autocast(module.forward)
-        return policy
-    precision = MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32)
-    mesh = torch.distributed.init_device_mesh(torch.device(args.device).type, (WORLD,))
-    for rank in range(WORLD):  # one after the other: the host holds one whole copy at a time
-        if rank == RANK:
-            policy = load_policy(name, "cpu", "float32")  # a GPU may have room for shards only
-            if RANK == 0:
-                check_forward(policy)
-            policy.forward = policy.base_model.forward  # FSDP's hooks gather weights around policy.forward
-            # GradientCheckpointingLayer is transformers' base class of decoder layers
-            layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
-            for module in [*layers, policy]:
-                fully_shard(module, mesh=mesh, mp_policy=precision)
-        torch.distributed.barrier()
-    return policy
-
+# ==== 2. Faster, same numbers ===============================================================================
+# Sampling many responses at once, with transformers or vLLM; micro-batches; several GPUs; mixed precision.
+# Without it, each would be a loop over single prompts on one device; what they compute is in part 1.
 
 # ---- sampling and rewards ----
+ROUNDS = 10  # of dynamic sampling per step, at most
+
+
+def sample_groups(sampler, rollouts, selected, state, args):
+    """The groups of a step and its metrics, those of all that was sampled. Advances state.position.
+
+    --dynamic-sampling: further rounds of --batch-size prompts, until that many groups have unequal rewards.
+    """
+    size = args.batch_size
+    sampled = []
+    unequal = []
+    rounds = 0
+    while rounds == 0 or (args.dynamic_sampling and rounds < ROUNDS and len(unequal) < size):
+        batch = next_prompts(selected, state.position, size, args.seed)
+        seeds = [stream_seed(args.seed, state.step, rounds * size + j) for j in range(size)]
+        groups = sampler(rollouts, batch, args.group, args.train_temperature, seeds)
+        sampled += groups
+        unequal += [group for group in groups if max(group.rewards) > min(group.rewards)]
+        state.position += size
+        rounds += 1
+    row = sampling_metrics(sampled, rollouts["meta"]["eos_ids"])
+    row |= {"rounds": rounds, "frac_reward_zero_std": 1 - len(unequal) / len(sampled)}
+    if args.dynamic_sampling:
+        sampled = unequal[:size] or sampled[-size:]  # none is unequal: their advantages are 0
+    return sampled, row
+
+
+def next_prompts(selected, position, count, seed):
+    """`count` prompts from a position on: epoch after epoch over `selected`, each in its own random order."""
+    first, offset = divmod(position, len(selected))
+    epochs = math.ceil((offset + count) / len(selected))
+    prompts = []
+    for epoch in range(first, first + epochs):
+        generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
+        prompts += [selected[i] for i in torch.randperm(len(selected), generator=generator).tolist()]
+    return prompts[offset:offset + count]
+
+
+def sampling_metrics(groups, eos_ids):
+    """Mean reward, tokens, mean response length and the share of truncated responses."""
+    responses = sum([group.responses for group in groups], [])
+    tokens = sum(len(response) for response in responses)
+    truncated = sum(response[-1] not in eos_ids for response in responses)
+    return {"reward": float(torch.tensor([group.rewards for group in groups]).mean()), "tokens": tokens,
+            "response_length": tokens / len(responses), "frac_truncated": truncated / len(responses)}
+
+
+def show_sample(group, tokenizer):
+    """A prompt with its first response as text, and its reward, for metrics.jsonl."""
+    text = tokenizer.decode([*group.prompt, *group.responses[0]])
+    return {"sample": text, "sample_reward": float(group.rewards[0])}
+
+
+def evaluate(sampler, tests, args):
+    """{"eval": {test set: {"mean": accuracy at --eval-temperature, "greedy": greedy accuracy}}}."""
+    results = {}
+    for name, test in tests.items():
+        batch = range(len(test["prompts"]))
+        seeds = [stream_seed(args.seed, "eval", i) for i in batch]  # the same in every evaluation
+        greedy = sampler(test, batch, 1, 0.0, seeds)
+        sampled = greedy
+        if args.eval_temperature:
+            sampled = sampler(test, batch, args.eval_samples, args.eval_temperature, seeds)
+        results[name] = {"mean": mean_reward(sampled), "greedy": mean_reward(greedy)}
+    return {"eval": results} if results else {}
+
+
+def mean_reward(groups):
+    return float(torch.tensor([group.rewards for group in groups]).mean())
+
+
+class Sampler:
+    """Samples with vLLM, with the policy itself or, under torchrun, with an unsharded copy of it."""
+
+    def __init__(self, args, device, tokenizer, rollouts):
+        self.engine = args.engine
+        self.dtype = args.dtype
+        self.kv_tokens = args.kv_tokens
+        self.tokenizer = tokenizer
+        self.model = None
+        if args.engine == "vllm":
+            longest = [int(r["prompt_lengths"].max()) + r["meta"]["max_new_tokens"] for r in rollouts]
+            self.model = load_vllm(args.model, args.dtype, args.kv_tokens, max(longest))
+            self.sleep()
+        elif WORLD > 1:
+            self.model = load_policy(args.model, device, args.dtype)
+
+    def sleep(self):
+        """Frees vLLM's memory on a GPU (weights and cache), until the next update."""
+        if self.engine == "vllm" and torch.cuda.is_available():
+            self.model.sleep(level=2)
+
+    def update(self, policy):
+        """Copies the weights of `policy`, and wakes vLLM."""
+        weights = ((name, whole(weight.detach())) for name, weight in policy.named_parameters())
+        if self.engine == "vllm":
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # memory that training has freed goes back to the GPU
+                self.model.wake_up(tags=["weights"])
+            self.model.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.model.apply_model(pack_output_layer)
+            if torch.cuda.is_available():
+                self.model.wake_up(tags=["kv_cache"])
+        elif WORLD == 1:
+            self.model = policy
+        else:
+            for ours, (_, weight) in zip(self.model.parameters(), weights):
+                ours.data.copy_(weight)
+
+    def __call__(self, rollouts, batch, k, temperature, seeds):
+        """Groups of k verified responses to each of the B prompts `batch` of a rollouts.pt. seeds: B ints.
+
+        Every rank samples its share and receives the others'.
+        """
+        meta = rollouts["meta"]
+        own = range(RANK, len(batch), WORLD)  # places in the batch
+        prompts = [rollouts["prompts"][batch[j]].tolist() for j in own]
+        costs = [len(prompt) + meta["max_new_tokens"] for prompt in prompts]  # of one response
+        plan = batches_by_tokens(costs, self.kv_tokens // k)
+        if self.engine == "vllm":
+            plan = [range(len(prompts))]  # it schedules its cache itself
+        groups = {}
+        for some in plan:
+            queries = [prompts[i] for i in some]
+            own_seeds = [seeds[own[i]] for i in some]
+            with mixed_precision(self.model, self.dtype):
+                responses, logprobs = ENGINES[self.engine](
+                    self.model, queries, k, temperature, meta["max_new_tokens"], meta["eos_ids"], own_seeds)
+            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+            for number, i in enumerate(some):
+                rows = slice(number * k, (number + 1) * k)
+                answer = rollouts["answers"][batch[own[i]]]
+                rewards = [verify(text, answer, meta["verifier"]) for text in texts[rows]]
+                groups[own[i]] = Group(prompts[i], responses[rows], logprobs[rows], rewards)
+        groups = gather_from_ranks(groups)
+        return [groups[j] for j in range(len(batch))]
+
+
 def stream_seed(*key):
     """A seed for torch.Generator from any key: every use of random numbers gets a stream of its own."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
@@ -341,6 +435,16 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     return responses, logprobs
 
 
+def batches_by_tokens(lengths, budget):
+    """Batches of indices, longest first, of at most `budget` tokens each, with padding to the longest."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 def load_vllm(name, dtype, kv_tokens, context):
     """vLLM in this process. kv_tokens: in its KV cache; context: longest prompt and response together."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where weights can be replaced
@@ -383,6 +487,13 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 
 ENGINES = {"hf": sample, "vllm": sample_vllm}
 KV_TOKENS = {"hf": 65536, "vllm": 262144}  # default of --kv-tokens
+
+
+def pack_output_layer(model):
+    """Repacks a tied output layer: on a CPU, reloading weights makes vLLM drop its packed copy."""
+    head = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
 
 
 @cache
@@ -429,327 +540,151 @@ def verify(response, answer, verifier):
     return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
 
 
-class Sampler:
-    """Samples with vLLM, with the policy itself or, under torchrun, with an unsharded copy of it."""
-
-    def __init__(self, args, tokenizer, rollouts):
-        self.engine, self.kv_tokens, self.tokenizer, self.model = args.engine, args.kv_tokens, tokenizer, None
-        if args.engine == "vllm":
-            longest = [int(r["prompt_lengths"].max()) + r["meta"]["max_new_tokens"] for r in rollouts]
-            self.model = load_vllm(args.model, args.dtype, args.kv_tokens, max(longest))
-            self.sleep()
-        elif WORLD > 1:
-            self.model = load_policy(args.model, args.device, args.dtype)
-
-    def sleep(self):
-        """Frees vLLM's memory on a GPU (weights and cache), until the next update."""
-        if self.engine == "vllm" and torch.cuda.is_available():
-            self.model.sleep(level=2)
-
-    def update(self, policy):
-        """Copies the weights of `policy`, and wakes vLLM."""
-        weights = ((name, whole(weight.detach())) for name, weight in policy.named_parameters())
-        if self.engine == "vllm":
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # memory that training has freed goes back to the GPU
-                self.model.wake_up(tags=["weights"])
-            self.model.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self.model.apply_model(pack_output_layer)
-            if torch.cuda.is_available():
-                self.model.wake_up(tags=["kv_cache"])
-        elif WORLD == 1:
-            self.model = policy
-        else:
-            for ours, (_, weight) in zip(self.model.parameters(), weights):
-                ours.data.copy_(weight)
-
-    def __call__(self, rollouts, batch, k, temperature, seeds):
-        """k verified responses to each of the B prompts `batch` of a rollouts.pt. seeds: B ints.
-
-        Every rank samples its share and receives the others'. Returns B groups (k responses, k lists of
-        log-probs, k rewards).
-        """
-        meta, groups = rollouts["meta"], {}
-        prompts = {j: rollouts["prompts"][batch[j]].tolist() for j in range(RANK, len(batch), WORLD)}
-        costs = {j: (0, k * (len(prompt) + meta["max_new_tokens"])) for j, prompt in prompts.items()}
-        budget = self.kv_tokens if self.engine == "hf" else sys.maxsize  # vLLM schedules its cache itself
-        for some, _ in plan_batches(costs, 1, budget):
-            queries, own_seeds = [prompts[j] for j in some], [seeds[j] for j in some]
-            responses, logprobs = ENGINES[self.engine](self.model, queries, k, temperature,
-                                                       meta["max_new_tokens"], meta["eos_ids"], own_seeds)
-            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-            for number, j in enumerate(some):
-                rows, answer = slice(number * k, (number + 1) * k), rollouts["answers"][batch[j]]
-                rewards = [verify(text, answer, meta["verifier"]) for text in texts[rows]]
-                groups[j] = responses[rows], logprobs[rows], rewards
-        if WORLD > 1:
-            of_ranks = [None] * WORLD
-            torch.distributed.all_gather_object(of_ranks, groups)
-            groups = {j: group for share in of_ranks for j, group in share.items()}
-        return [groups[j] for j in range(len(batch))]
+# ---- micro-batches, several GPUs, mixed precision ----
+def micro_batches(groups, batch_tokens):
+    """Lists of groups, or of parts of one large group, of at most batch_tokens tokens, longest first."""
+    size = len(groups[0].responses)
+    sizes = {}
+    for j, group in enumerate(groups):
+        sizes[j] = len(group.prompt), max(len(response) for response in group.responses)
+    batches = []
+    for chosen, n in plan_batches(sizes, size, batch_tokens):
+        for first in range(0, size, n):
+            batches.append([part_of(groups[j], slice(first, first + n)) for j in chosen])
+    return batches
 
 
-def pack_output_layer(model):
-    """Repacks a tied output layer: on a CPU, reloading weights makes vLLM drop its packed copy."""
-    head = getattr(model, "lm_head", None)
-    if hasattr(head, "cpu_linear"):
-        head.quant_method.process_weights_after_loading(head)
+def part_of(group, rows):
+    """A group with some of its responses, and their advantages in the whole group."""
+    return Group(group.prompt, group.responses[rows], group.logprobs[rows], group.rewards[rows],
+                 group.advantages[rows])
 
 
-def check_step(row, first):
-    """Stops if the gradient is not finite or the sampler's log-probs are not the policy's (other weights)."""
-    difference = row["sampling_logp_difference"]
-    found = f"log-probs that differ from the policy's by {difference:.3f} per token on average"
-    if not difference <= 0.5:  # or NaN
-        fail("the sampler", found, "at most 0.5", "its weights were not updated, or the policy has diverged")
-    if not math.isfinite(row["grad_norm"]):
-        fail("the update", f"a gradient norm of {row['grad_norm']}", "a finite one", "lower --lr")
-    if first and difference > 0.1 and RANK == 0:
-        print(f"train_grpo.py: warning: the sampler has {found}; try --dtype float32", file=sys.stderr)
+def plan_batches(sizes, k, budget):
+    """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
 
-
-def evaluate(sampler, tests, args):
-    """{"eval": {test set: {"mean": accuracy at --eval-temperature, "greedy": greedy accuracy}}}."""
-    results = {}
-    for name, test in tests.items():
-        batch, results[name] = range(len(test["prompts"])), {}
-        seeds = [stream_seed(args.seed, "eval", i) for i in batch]  # the same in every evaluation
-        greedy = sampled = sampler(test, batch, 1, 0.0, seeds)
-        if args.eval_temperature:
-            sampled = sampler(test, batch, args.eval_samples, args.eval_temperature, seeds)
-        for kind, groups in (("mean", sampled), ("greedy", greedy)):
-            results[name][kind] = float(torch.tensor([group[2] for group in groups]).mean())
-    return {"eval": results} if results else {}
-
-
-def next_prompts(selected, position, count, seed):
-    """`count` prompts from a position on: epoch after epoch over `selected`, each in its own random order."""
-    prompts, (first, offset) = [], divmod(position, len(selected))
-    for epoch in range(first, first + math.ceil((offset + count) / len(selected))):
-        generator = torch.Generator().manual_seed(stream_seed(seed, "order", epoch))
-        prompts += [selected[i] for i in torch.randperm(len(selected), generator=generator).tolist()]
-    return prompts[offset:offset + count]
-
-
-def sample_groups(sampler, rollouts, selected, position, step, args):
-    """A step's groups as grpo_step takes them, the next position, and the metrics of all that was sampled."""
-    sampled, size = [], args.batch_size  # sampled: (prompt, responses, logprobs, rewards) of each group
-    for turn in range(ROUNDS if args.dynamic_sampling else 1):
-        batch = next_prompts(selected, position, size, args.seed)
-        seeds = [stream_seed(args.seed, step, turn * size + j) for j in range(size)]
-        groups = sampler(rollouts, batch, args.group, args.train_temperature, seeds)
-        sampled += [(rollouts["prompts"][i], *group) for i, group in zip(batch, groups)]
-        position += size
-        unequal = [group for group in sampled if max(group[3]) > min(group[3])]
-        if len(unequal) >= size:
-            break
-    kept = sampled
-    if args.dynamic_sampling:
-        kept = unequal[:size] or sampled[-size:]  # none is unequal: their advantages are 0
-    prompts, responses, logprobs, rewards = zip(*kept)
-    groups = prompts, sum(responses, []), sum(logprobs, []), torch.tensor(rewards)
-    responses, rewards = sum((group[1] for group in sampled), []), [group[3] for group in sampled]
-    tokens = sum(map(len, responses))
-    truncated = [response[-1] not in rollouts["meta"]["eos_ids"] for response in responses]
-    row = {"reward": float(torch.tensor(rewards).mean()), "rounds": turn + 1,
-           "frac_reward_zero_std": 1 - len(unequal) / len(sampled), "tokens": tokens,
-           "response_length": tokens / len(responses), "frac_truncated": sum(truncated) / len(truncated)}
-    return groups, position, row
-
-
-# ---- files and ranks ----
-def fail(source, found, expected, hint):
-    """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
-    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
-    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
-    raise SystemExit(2)
-
-
-def load_rollouts(path):
-    """rollouts.pt of collect.py; "prompts" [N], "responses" and "logprobs" [N*K] are sequences of tensors."""
-    try:
-        rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
-        if rollouts["meta"]["format"] != FORMAT:
-            raise ValueError(f"format {rollouts['meta']['format']}")
-        (n, k), lengths = rollouts["rewards"].shape, rollouts["response_lengths"].tolist()
-        rollouts["prompts"] = rollouts["prompt_tokens"].split(rollouts["prompt_lengths"].tolist())
-        rollouts["responses"] = rollouts["response_tokens"].split(lengths)
-        rollouts["logprobs"] = rollouts["logprobs"].split(lengths)
-        found = [len(rollouts[name]) for name in ("prompts", "responses", "answers")]
-        if found != [n, n * k, n]:
-            raise ValueError(f"{found} prompts, responses, answers for rewards [{n}, {k}]")
-    except Exception as error:  # a damaged file can raise anything
-        fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
-    return rollouts
-
-
-def check_verifiers(sources, named):
-    """Refuses verifiers that are code which --verifier does not name, and a name that no file has."""
-    found = {source["meta"]["verifier"] for source in sources}
-    unnamed = found - {"exact", "math", named}
-    if unnamed or named not in (None, *found):
-        expected = f"that of the rollouts, {', '.join(unnamed or found)}"
-        fail("--verifier", named or "nothing", expected, "name it if you trust its code")
-
-
-def load_selection(path, n):
-    """selected.npy of score.py as a list: indices of prompts, best first."""
-    try:
-        selected = np.load(path, allow_pickle=False)
-        if selected.dtype != np.int64 or selected.ndim != 1 or not 0 <= selected.min() <= selected.max() < n:
-            raise ValueError(f"{selected.dtype} {list(selected.shape)}, or indices out of range")
-    except Exception as error:  # missing, truncated, not .npy, a pickle, of other rollouts
-        fail(path, f"no usable selection ({error})", f"int64 indices of {n} prompts", "run score.py on them")
-    return selected.tolist()
-
-
-def load_tokenizer(name):
-    try:
-        folder = Path(name)
-        if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
-            raise OSError("no tokenizer file")  # from which transformers would make an empty tokenizer
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer there")
-
-
-def load_policy(name, device, dtype):
-    """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
-    try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
-        if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
-            raise ValueError("a recurrent state")
-        return policy
-    except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
-
-
-def lock_folder(folder, out):
-    """Makes the folder in which a run works on `out` and locks it, as long as the returned file is open."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-        if RANK == 0:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        fail(out, "another run that is writing it", "one run per folder", "wait or choose another --out")
-    except OSError as error:
-        fail(out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
-
-
-def check_space(policy, part, saves):
-    """Refuses a disk without room for the policy with AdamW's state and, if `saves`, a checkpoint of both.
-
-    part: the folder in which the run works; a checkpoint in it stays, all else is going to be replaced.
+    sizes: {prompt: (its tokens, tokens of its longest response)}. A micro-batch has all k responses to its
+    prompts (rows = k). A prompt that exceeds the budget gets its own, with `rows` responses per pass.
     """
-    # a tenth more for the tokenizer and for tied weights, which a sharded policy's checkpoint has twice
-    needed, contents = 3.3 * sum(p.numel() * p.element_size() for p in policy.parameters()), "the policy"
-    checkpoint = part / "checkpoint.pt"
-    if saves and not checkpoint.exists():
-        needed, contents = 2 * needed, "the policy and a checkpoint"
-    replaced = sum(file.stat().st_size for file in part.iterdir() if file != checkpoint)
-    free = shutil.disk_usage(part).free + replaced
-    if free < needed:
-        fail(part, f"{free / 1e9:.1f} GB of free disk",
-             f"{needed / 1e9:.1f} GB for {contents}, with AdamW's state", "free some, or change --out")
+    plan = []
+    prompt_width = 0
+    width = 0
+    for prompt in sorted(sizes, key=lambda i: -sizes[i][0] - k * sizes[i][1]):
+        own, longest = sizes[prompt]
+        prompt_width = max(prompt_width, own)
+        width = max(width, longest)
+        if plan and (len(plan[-1][0]) + 1) * (prompt_width + k * width) <= budget:
+            plan[-1][0].append(prompt)
+        else:
+            rows = max(1, min(k, (budget - own) // longest))
+            plan.append(([prompt], rows))
+            prompt_width = own
+            width = longest
+    return plan
 
 
-class Checkpoint:
-    """The folder OUT.part in which a run works, and the checkpoint in it that a run resumes from."""
+def share_of_rank(batches):
+    """This rank's micro-batches, each with its weight in sums that are averaged over ranks afterwards.
 
-    def __init__(self, args, selected):
-        self.out, self.part = args.out, args.out.with_name(args.out.name + ".part")
-        may_change = ("kv_tokens", "batch_tokens", "device")  # when resuming
-        settings = {name: value for name, value in vars(args).items() if name not in may_change}
-        self.settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
-
-    def check_settings(self, folder):
-        """Refuses a folder that was made with other settings."""
-        found = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-        changed = ", ".join(key for key in self.settings if found.get(key) != self.settings[key])
-        if changed:
-            fail(folder, f"a run with another {changed}", "equal settings", "remove it or change --out")
-
-    def restore(self, policy, optimizer):
-        """Loads this run's checkpoint, if there is one, or else the state of --optimizer.
-
-        Returns step (over all phases), done (steps of this run), position (in the order of prompts), metrics.
-        """
-        state, path = {"step": 0, "done": 0, "position": 0, "metrics": []}, self.settings["optimizer"]
-        if (self.part / "checkpoint.pt").exists():
-            self.check_settings(self.part)
-            path = self.part / "checkpoint.pt"
-        try:
-            if path:
-                state |= torch.load(path, weights_only=True, mmap=True)  # nothing is read yet
-                states.set_state_dict(policy, optimizer, model_state_dict=state.pop("weights", {}),
-                                      optim_state_dict=state.pop("optimizer"), options=SHARDS)
-        except Exception as error:  # missing, damaged, or of another model
-            fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
-        for group in optimizer.param_groups:
-            group.update(optimizer.defaults)  # use this run's learning rate; loading turns tuples into lists
-        if RANK == 0:
-            (self.part / "new.json").write_text(json.dumps(self.settings))
-            os.replace(self.part / "new.json", self.part / "args.json")
-        return [state[name] for name in ("step", "done", "position", "metrics")]
-
-    def save(self, policy, optimizer, **state):
-        """Writes the checkpoint to resume from. state: what `restore` returns, by name."""
-        state["weights"], state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
-        if RANK == 0:
-            torch.save(state, self.part / "new.pt")
-            os.replace(self.part / "new.pt", self.part / "checkpoint.pt")
-
-    def finish(self, policy, optimizer, tokenizer, **state):
-        """Writes the policy and optimizer.pt, with `state` (step, position), and renames OUT.part to OUT."""
-        weights, state["optimizer"] = states.get_state_dict(policy, optimizer, options=WHOLE)
-        if RANK == 0:
-            # sharded, tied weights come back as two: a whole model stores them once
-            trained = policy if WORLD == 1 else load_policy(self.settings["model"], "cpu", "float32")
-            trained.load_state_dict(weights)
-            trained.save_pretrained(self.part)
-            tokenizer.save_pretrained(self.part)
-            torch.save(state, self.part / "optimizer.pt")
-            for leftover in ("checkpoint.pt", "lock"):
-                (self.part / leftover).unlink(missing_ok=True)
-            os.replace(self.part, self.out)
+    FSDP2 averages gradients over the ranks, so a micro-batch weighs WORLD. A rank that has one less than the
+    others repeats the first with weight 0, since all ranks must take part in every exchange of weights.
+    """
+    for turn in range(0, len(batches), WORLD):
+        if turn + RANK < len(batches):
+            yield batches[turn + RANK], WORLD
+        else:
+            yield batches[0], 0
 
 
-def log_metrics(path, metrics, row):
-    """Adds a step's row to this run's metrics and writes them all to metrics.jsonl."""
-    metrics.append(row)
-    if RANK == 0:
-        path.write_text("".join(json.dumps(row) + "\n" for row in metrics))
+def mean_over_ranks(sums):
+    if WORLD > 1:
+        torch.distributed.all_reduce(sums)
+    return sums / WORLD
 
 
-class StopRequest:
-    """Whether Ctrl-C or SIGTERM asked to stop after the current step; a second one ends the run at once."""
-
-    def __init__(self):
-        self.flag = torch.zeros(1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        self.flag.fill_(1)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-
-    def received(self):
-        """Whether any rank had received it when this was called."""
-        flag = self.flag.clone()  # a signal that arrives from here on counts in the next call, on all ranks
-        if WORLD > 1:
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+def gather_from_ranks(groups):
+    """The groups of all ranks, {place in the batch: group}."""
+    if WORLD == 1:
+        return groups
+    of_ranks = [None] * WORLD
+    torch.distributed.all_gather_object(of_ranks, groups)
+    everything = {}
+    for share in of_ranks:
+        everything |= share
+    return everything
 
 
-# ---- the command line ----
+def whole(tensor):
+    """A tensor that FSDP has sharded, whole on every rank."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def mixed_precision(model, dtype):
+    """Runs float32 weights in bfloat16 products (--dtype bfloat16) on one GPU; FSDP2 does it by itself.
+
+    An update of 1e-6 would be rounded away in bfloat16 weights.
+    """
+    if WORLD > 1 or dtype == "float32" or not isinstance(model, torch.nn.Module):  # vLLM's model is none
+        return nullcontext()
+    return torch.autocast(model.device.type, torch.bfloat16)
+
+
+def build_policy(name, device, dtype):
+    """The policy or the reference, in float32: whole on one GPU, sharded by FSDP2 under torchrun."""
+    if WORLD == 1:
+        policy = load_policy(name, device, "float32")
+        check_forward(policy)
+        return policy
+    precision = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32)
+    mesh = torch.distributed.init_device_mesh(torch.device(device).type, (WORLD,))
+    for rank in range(WORLD):  # one after the other: the host holds one whole copy at a time
+        if rank == RANK:
+            policy = load_policy(name, "cpu", "float32")  # a GPU may have room for shards only
+            if RANK == 0:
+                check_forward(policy)
+            # GradientCheckpointingLayer is transformers' base class of decoder layers
+            layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+            for module in [*layers, policy]:
+                fully_shard(module, mesh=mesh, mp_policy=precision)
+        torch.distributed.barrier()
+    return policy
+
+
+# ==== 3. Files, resuming, bad input =========================================================================
+# The command line, checkpoints that survive a kill, refusals before the first step, one-line errors. Nothing
+# here changes a number; skip it, unless you change how a run is stored.
+
+FORMAT = 2  # of rollouts.pt
+RANK = int(os.environ.get("RANK", "0"))  # of this process among those that torchrun has started
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # their number
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded states, on rank 0
+SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)  # to load them
+NOTES = """
+--dynamic-sampling and --token-mean are DAPO (Yu et al. 2025): groups of equal rewards are replaced by those
+of further prompts, in at most 10 rounds of --batch-size prompts per step (if too few remain, the batch is
+smaller), and J averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
+
+metrics.jsonl: step (over all phases), seconds (of this phase, without evaluation), sampling_seconds, eval
+(per test set, the mean reward of --eval-samples responses per prompt at --eval-temperature, and of one greedy
+response); of all that was sampled: reward, frac_reward_zero_std (share of groups with equal rewards), tokens,
+response_length (mean tokens), frac_truncated (share that reach the length limit), rounds; of the update:
+groups, kl and entropy (per token, in nats), grad_norm, sampling_logp_difference (mean |trainer's log-prob -
+sampler's| per token); sample and sample_reward, a prompt with its first response as text: read some, since a
+policy also learns what only deceives the verifier.
+
+The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
+from the last checkpoint (--save-every). On a CPU with the same number of threads, it ends with the same
+policy, byte for byte. --dtype bfloat16 is mixed precision: weights and AdamW's state stay float32. Under
+torchrun, FSDP2 shards weights, gradients and AdamW's state, and each rank samples its share of the prompts;
+another number of ranks can resume a run. After Ctrl-C, torchrun kills the ranks in 30 s: set
+--shutdown_timeout to more seconds than a step takes.
+"""
+
+
 def parse_arguments():
+    """The command line, with defaults that depend on other arguments or on the rollouts filled in."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=NOTES, formatter_class=layout)
     parser.add_argument("--model", required=True, help="policy to train: a Hugging Face folder or hub name")
     parser.add_argument("--ref", help="reference of the KL term, theta(0) in every phase (--model)")
     parser.add_argument("--rollouts", required=True, help="rollouts.pt with the train prompts")
@@ -774,12 +709,12 @@ def parse_arguments():
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (50)")
     parser.add_argument("--engine", choices=list(ENGINES), default="hf", help="transformers or vLLM (hf)")
     parser.add_argument("--kv-tokens", type=int, help="tokens in the KV cache (hf: 65536, vllm: 262144)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per micro-batch (8192)")
+    parser.add_argument("--batch-tokens", type=int, default=4096 if torch.cuda.is_available() else 512,
+                        help="tokens per micro-batch, bounds its memory (4096 on a GPU, 512 elsewhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of matmuls")
     parser.add_argument("--seed", type=int, default=0, help="of sampling and of the order of prompts (0)")
     args = parser.parse_args()
-    args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
     if args.train_temperature is not None and args.train_temperature <= 0:
         fail("--train-temperature", args.train_temperature, "more than 0", "log-probs divide by it")
     if args.eval_temperature is not None and args.eval_temperature < 0:
@@ -790,82 +725,308 @@ def parse_arguments():
     for name, bound in least.items():
         if getattr(args, name) < bound:
             fail(f"--{name.replace('_', '-')}", getattr(args, name), f"at least {bound}", "see --help")
+    args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
+    args.train_temperature = args.train_temperature or load_rollouts(args.rollouts)["meta"]["temperature"]
+    if args.eval_temperature is None:
+        args.eval_temperature = args.train_temperature
     return args
 
 
-def start(args):
-    """Silences the libraries, joins torchrun's other ranks and sets this rank's device."""
+def load_rollouts(path):
+    """rollouts.pt of collect.py; "prompts" [N], "responses" and "logprobs" [N*K] are sequences of tensors."""
+    try:
+        rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
+        if rollouts["meta"]["format"] != FORMAT:
+            raise ValueError(f"format {rollouts['meta']['format']}")
+        n, k = rollouts["rewards"].shape
+        lengths = rollouts["response_lengths"].tolist()
+        rollouts["prompts"] = rollouts["prompt_tokens"].split(rollouts["prompt_lengths"].tolist())
+        rollouts["responses"] = rollouts["response_tokens"].split(lengths)
+        rollouts["logprobs"] = rollouts["logprobs"].split(lengths)
+        found = [len(rollouts[name]) for name in ("prompts", "responses", "answers")]
+        if found != [n, n * k, n]:
+            raise ValueError(f"{found} prompts, responses, answers for rewards [{n}, {k}]")
+    except Exception as error:  # a damaged file can raise anything
+        fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
+    return rollouts
+
+
+def load_policy(name, device, dtype):
+    """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
+            raise ValueError("a recurrent state")
+        return policy
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
+
+
+def check_forward(policy):
+    """Refuses a policy if response_logits are not its logits without a cache, or have another gradient."""
+    prompts = [[1, 0, 1], [0, 1, 1, 0, 1]]
+    responses = [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0], [1, 1], [0, 0, 1]]
+    tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1  # of rounding, in deep models
+    embedding = policy.requires_grad_(True).get_input_embeddings().weight
+    try:
+        logits, targets, mask = response_logits(policy, prompts, responses, 1.0)
+        plain = []
+        for number, response in enumerate(responses):
+            prompt = prompts[number // 2]
+            tokens = torch.tensor([prompt + response], device=policy.device)
+            plain.append(policy(tokens).logits[0, len(prompt) - 1:-1].float())
+        found = [logits[mask]]
+        expected = [torch.cat(plain)]
+        for values in (found, expected):
+            loss = F.cross_entropy(values[0], targets[mask])
+            values.append(torch.autograd.grad(loss, embedding)[0].float())
+        for one, other in zip(found, expected):
+            if not (one - other).norm() <= tolerance * other.norm():  # or NaN
+                raise ValueError("other logits, or another gradient, with a KV cache than without")
+    except Exception as error:  # a cache that cannot be repeated, for example
+        fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
+             "choose another model")
+
+
+def load_tokenizer(name):
+    try:
+        folder = Path(name)
+        if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+            raise OSError("no tokenizer file")  # from which transformers would make an empty tokenizer
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer there")
+
+
+def load_selection(path, n):
+    """selected.npy of score.py as a list: indices of prompts, best first."""
+    try:
+        selected = np.load(path, allow_pickle=False)
+        if selected.dtype != np.int64 or selected.ndim != 1 or not 0 <= selected.min() <= selected.max() < n:
+            raise ValueError(f"{selected.dtype} {list(selected.shape)}, or indices out of range")
+    except Exception as error:  # missing, truncated, not .npy, a pickle, of other rollouts
+        fail(path, f"no usable selection ({error})", f"int64 indices of {n} prompts", "run score.py on them")
+    return selected.tolist()
+
+
+def check_verifiers(sources, named):
+    """Refuses verifiers that are code which --verifier does not name, and a name that no file has."""
+    found = {source["meta"]["verifier"] for source in sources}
+    unnamed = found - {"exact", "math", named}
+    if unnamed or named not in (None, *found):
+        expected = f"that of the rollouts, {', '.join(unnamed or found)}"
+        fail("--verifier", named or "nothing", expected, "name it if you trust its code")
+
+
+def check_step(row, first):
+    """Stops if the gradient is not finite or the sampler's log-probs are not the policy's (other weights)."""
+    difference = row["sampling_logp_difference"]
+    found = f"log-probs that differ from the policy's by {difference:.3f} per token on average"
+    if not difference <= 0.5:  # or NaN
+        fail("the sampler", found, "at most 0.5", "its weights were not updated, or the policy has diverged")
+    if not math.isfinite(row["grad_norm"]):
+        fail("the update", f"a gradient norm of {row['grad_norm']}", "a finite one", "lower --lr")
+    if first and difference > 0.1 and RANK == 0:
+        print(f"train_grpo.py: warning: the sampler has {found}; try --dtype float32", file=sys.stderr)
+
+
+@dataclass
+class State:
+    """Where a run is, besides the weights and AdamW's state."""
+
+    step: int = 0  # over all phases
+    done: int = 0  # steps of this phase
+    position: int = 0  # in the order of prompts
+    seconds: float = 0.0  # of this phase, without evaluation
+    metrics: list = field(default_factory=list)  # rows of metrics.jsonl
+
+
+class Run:
+    """The folder OUT.part in which a run works, until it is renamed to OUT; its checkpoint; Ctrl-C."""
+
+    def __init__(self, args, selected):
+        self.args = args
+        self.out = args.out
+        self.part = args.out.with_name(args.out.name + ".part")
+        self.stopped = False  # by Ctrl-C or SIGTERM
+        may_change = ("kv_tokens", "batch_tokens", "device")  # when resuming
+        settings = {name: value for name, value in vars(args).items() if name not in may_change}
+        self.settings = json.loads(json.dumps({**settings, "selected": selected}, default=str))
+
+    def is_complete(self):
+        """Whether OUT exists, made with the same settings."""
+        if not self.out.exists():
+            return False
+        self.check_settings(self.out)
+        print(f"{self.out}: complete, nothing to do")
+        return True
+
+    def check_settings(self, folder):
+        """Refuses a folder that was made with other settings."""
+        path = folder / "args.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        changed = ", ".join(key for key in self.settings if found.get(key) != self.settings[key])
+        if changed:
+            fail(folder, f"a run with another {changed}", "equal settings", "remove it or change --out")
+
+    def lock(self):
+        """Makes the folder and locks it, as long as this process runs."""
+        try:
+            self.part.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(self.part / "lock", "w")
+            if RANK == 0:
+                fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(self.out, "another run that is writing it", "one run per folder",
+                 "wait or choose another --out")
+        except OSError as error:
+            fail(self.out, f"a path that cannot be written ({error})", "a writable place",
+                 "choose another --out")
+
+    def check_space(self, policy):
+        """Refuses a disk without room for the policy with AdamW's state and, if one is due, a checkpoint.
+
+        A checkpoint that exists stays; all else in the folder is going to be replaced.
+        """
+        # a tenth more for the tokenizer and for tied weights, which a sharded policy's checkpoint has twice
+        needed = 3.3 * sum(p.numel() * p.element_size() for p in policy.parameters())
+        contents = "the policy"
+        checkpoint = self.part / "checkpoint.pt"
+        if self.args.steps > self.args.save_every and not checkpoint.exists():
+            needed = 2 * needed
+            contents = "the policy and a checkpoint"
+        replaced = sum(file.stat().st_size for file in self.part.iterdir() if file != checkpoint)
+        free = shutil.disk_usage(self.part).free + replaced
+        if free < needed:
+            fail(self.part, f"{free / 1e9:.1f} GB of free disk",
+                 f"{needed / 1e9:.1f} GB for {contents}, with AdamW's state", "free some, or change --out")
+
+    def resume(self, policy, optimizer):
+        """Loads this run's checkpoint or, if there is none, --optimizer. Returns the State.
+
+        From here on Ctrl-C ends the run after the current step, a second one at once.
+        """
+        state = State()
+        path = self.args.optimizer
+        if (self.part / "checkpoint.pt").exists():
+            self.check_settings(self.part)
+            path = self.part / "checkpoint.pt"
+        try:
+            if path:
+                stored = torch.load(path, weights_only=True, mmap=True)  # nothing is read yet
+                states.set_state_dict(policy, optimizer, model_state_dict=stored.pop("weights", {}),
+                                      optim_state_dict=stored.pop("optimizer"), options=SHARDS)
+                state = State(**stored)
+        except Exception as error:  # missing, damaged, or of another model
+            fail(path, f"no usable state ({error})", "an optimizer.pt of this model", "use the policy's own")
+        for group in optimizer.param_groups:
+            group.update(optimizer.defaults)  # use this run's learning rate; loading turns tuples into lists
+        if RANK == 0:
+            (self.part / "new.json").write_text(json.dumps(self.settings))
+            os.replace(self.part / "new.json", self.part / "args.json")
+        self.stop = StopRequest()
+        self.progress = tqdm(desc=f"train {self.out}", initial=state.done, total=self.args.steps, unit="step",
+                             disable=RANK > 0)
+        return state
+
+    def log(self, state, row):
+        """Adds a row to the metrics, and writes them all to metrics.jsonl."""
+        state.metrics.append({"step": state.step, "seconds": state.seconds, **row})
+        if RANK == 0:
+            lines = [json.dumps(row) + "\n" for row in state.metrics]
+            (self.part / "metrics.jsonl").write_text("".join(lines))
+        if "reward" in row:
+            shown = {"reward": row["reward"], "zero_std": row["frac_reward_zero_std"]}
+            self.progress.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+            self.progress.update()
+
+    def save_if_due(self, policy, optimizer, state):
+        """Writes a checkpoint every --save-every steps and when the run is stopped, but not at its end."""
+        self.stopped = self.stop.received()
+        due = self.stopped or state.done % self.args.save_every == 0
+        if not due or state.done == self.args.steps:
+            return
+        weights, moments = states.get_state_dict(policy, optimizer, options=WHOLE)
+        if RANK == 0:
+            torch.save({**asdict(state), "weights": weights, "optimizer": moments}, self.part / "new.pt")
+            os.replace(self.part / "new.pt", self.part / "checkpoint.pt")
+
+    def finish(self, policy, optimizer, tokenizer, state):
+        """Writes the policy and optimizer.pt and renames OUT.part to OUT. Exits with 130 if it was stopped."""
+        self.progress.close()
+        if state.done < self.args.steps:
+            if RANK == 0:
+                print(f"{self.out}: stopped after step {state.done}; the same command resumes it",
+                      file=sys.stderr)
+            sys.exit(130)
+        weights, moments = states.get_state_dict(policy, optimizer, options=WHOLE)
+        if RANK > 0:
+            return
+        # sharded, tied weights come back as two: a whole model stores them once
+        trained = policy if WORLD == 1 else load_policy(self.args.model, "cpu", "float32")
+        trained.load_state_dict(weights)
+        trained.save_pretrained(self.part)
+        tokenizer.save_pretrained(self.part)
+        torch.save({"step": state.step, "position": state.position, "optimizer": moments},
+                   self.part / "optimizer.pt")
+        for leftover in ("checkpoint.pt", "lock"):
+            (self.part / leftover).unlink(missing_ok=True)
+        os.replace(self.part, self.out)
+        tests = state.metrics[-1].get("eval", {})
+        accuracies = [f"{test} {found['mean']:.3f}" for test, found in tests.items()]
+        prompts = len(self.settings["selected"])
+        print(f"{self.out}: {state.done} steps on {prompts} prompts, {state.seconds:.0f} s", *accuracies,
+              sep="; ")
+
+
+class StopRequest:
+    """Whether Ctrl-C or SIGTERM asked to stop after the current step; a second one ends the run at once."""
+
+    def __init__(self):
+        self.flag = torch.zeros(1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.flag.fill_(1)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def received(self):
+        """Whether any rank had received it when this was called."""
+        flag = self.flag.clone()  # a signal that arrives from here on counts in the next call, on all ranks
+        if WORLD > 1:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+
+def join_ranks(device):
+    """Joins the other processes of torchrun, silences the libraries, returns this rank's device."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response has reward 0
     if WORLD > 1:
-        if args.device == "cuda":
-            args.device += f":{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+    return device
 
 
-def main():
-    args = parse_arguments()
-    start(args)
-    rollouts = load_rollouts(args.rollouts)
-    selected = load_selection(args.select, len(rollouts["prompts"]))
-    tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
-    check_verifiers([rollouts, *tests.values()], args.verifier)
-    args.train_temperature = args.train_temperature or rollouts["meta"]["temperature"]
-    if args.eval_temperature is None:
-        args.eval_temperature = args.train_temperature
-    checkpoint = Checkpoint(args, selected)
-    if args.out.exists():
-        checkpoint.check_settings(args.out)
-        print(f"{args.out}: complete, nothing to do")
-        return
-    checkpoint.lock = lock_folder(checkpoint.part, args.out)
-    tokenizer = load_tokenizer(args.model)
-    sampler = Sampler(args, tokenizer, [rollouts, *tests.values()])  # first: vLLM starts with an empty GPU
-    policy = build_policy(args.model, args)
-    check_space(policy, checkpoint.part, args.steps > args.save_every)
-    reference = build_policy(args.ref or args.model, args) if args.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
-    step, done, position, metrics = checkpoint.restore(policy, optimizer)
-
-    sampler.update(policy)
-    if step == 0:
-        metrics = [{"step": 0, "seconds": 0.0, **evaluate(sampler, tests, args)}]
-    seconds = metrics[-1]["seconds"] if metrics else 0.0
-    stop, stopped = StopRequest(), False
-    progress = tqdm(initial=done, total=args.steps, unit="step", desc=f"train {args.out}", disable=RANK > 0)
-    while done < args.steps and not stopped:
-        began = time.perf_counter()
-        groups, position, row = sample_groups(sampler, rollouts, selected, position, step, args)
-        row["sampling_seconds"] = time.perf_counter() - began
-        sampler.sleep()
-        row |= grpo_step(policy, reference, optimizer, *groups, args)
-        check_step(row, done == 0)
-        row["sample"] = tokenizer.decode([*groups[0][0].tolist(), *groups[1][0]])
-        row["sample_reward"] = float(groups[3][0, 0])
-        sampler.update(policy)
-        step, done, seconds = step + 1, done + 1, seconds + time.perf_counter() - began
-        if done == args.steps or step % args.eval_every == 0:
-            row |= evaluate(sampler, tests, args)
-        log_metrics(checkpoint.part / "metrics.jsonl", metrics, {"step": step, "seconds": seconds, **row})
-        progress.set_postfix(reward=f"{row['reward']:.2f}", zero_std=f"{row['frac_reward_zero_std']:.2f}")
-        progress.update()
-        stopped = stop.received()
-        if done < args.steps and (stopped or done % args.save_every == 0):
-            checkpoint.save(policy, optimizer, step=step, done=done, position=position, metrics=metrics)
-    progress.close()
-    if done < args.steps:
-        if RANK == 0:
-            print(f"{args.out}: stopped after step {done}; the same command resumes it", file=sys.stderr)
-        sys.exit(130)
-    checkpoint.finish(policy, optimizer, tokenizer, step=step, position=position)
-    if RANK == 0:
-        accuracies = [f"{test} {found['mean']:.3f}" for test, found in metrics[-1].get("eval", {}).items()]
-        print(f"{args.out}: {done} steps on {len(selected)} prompts, {seconds:.0f} s", *accuracies, sep="; ")
-    if WORLD > 1 and args.engine == "hf":  # vLLM does it itself
+def leave_ranks(engine):
+    if WORLD > 1 and engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
+
+
+def fail(source, found, expected, hint):
+    """Reports wrong input in one line on stderr and exits with code 2."""
+    if RANK > 0:
+        time.sleep(5)  # torchrun ends this rank if rank 0 has reported the same
+    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

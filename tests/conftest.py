@@ -38,9 +38,21 @@ def group_logprobs(policy, prompts, responses, temperature):
     import train_grpo
 
     with torch.no_grad():
-        hidden, targets, mask = train_grpo.group_hidden(policy.base_model, prompts, responses)
-        logits = train_grpo.output_logits(policy, hidden, temperature)
+        logits, targets, mask = train_grpo.response_logits(policy, prompts, responses, temperature)
         return train_grpo.token_logprobs(logits, targets, mask), mask
+
+
+def grpo_groups(prompts, responses, logprobs, rewards):
+    """train_grpo.py's Groups with advantages, from prompt-major lists and rewards [B, G]."""
+    import train_grpo
+
+    groups = []
+    for j, of_group in enumerate(rewards):
+        rows = slice(j * len(of_group), (j + 1) * len(of_group))
+        advantages = train_grpo.group_advantage(of_group)
+        groups.append(train_grpo.Group(prompts[j], responses[rows], logprobs[rows], of_group.tolist(),
+                                       advantages))
+    return groups
 
 
 def run_script(name, *arguments, cwd=None):

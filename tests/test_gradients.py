@@ -88,27 +88,27 @@ def naive_gradient(policy, prompt, responses, beta, rewards, rho_max=math.inf):
     return torch.cat([t.flatten() for t in total])
 
 
-def gradients(policy, batch, batched=True, rows=None):
-    """sketch.py's gradients [N, parameters] of the prompts `batch`; `rows`: trajectories at a time (K)."""
-    sketcher, total, rows = sketch.Sketcher(policy, Whole(policy), batched), 0, rows or K
-    assert sketcher.batched == batched
+def gradients(policy, prompts, batched=True, rows=None):
+    """sketch.py's gradients [N, parameters] of `prompts`; `rows`: trajectories per pass (K)."""
+    sketcher = sketch.sketch_prompts if batched else sketch.sketch_one_by_one
+    total = 0
+    rows = rows or K
     for first in range(0, K, rows):
-        total = total + sketches(sketcher, batch, first, first + rows)
-    sketcher.close()
+        total = total + sketcher(policy, Whole(policy), trajectories(prompts, first, first + rows))[0]
     return total
 
 
-def sketches(sketcher, batch, first=0, end=K):
-    """What a Sketcher makes of trajectories first .. end - 1 of the prompts `batch`."""
-    return sketch.sketch_batch(sketcher, *arguments(batch, first, end))
-
-
-def arguments(batch, first=0, end=K):
-    """The arguments of sketch_batch for trajectories first .. end - 1 of the prompts `batch`."""
+def trajectories(chosen, first=0, end=K):
+    """sketch.py's Trajectories of the prompts `chosen`: numbers first .. end - 1 of each."""
     prompts, responses, beta, rewards = rollouts()
-    rows = [i * K + j for i in batch for j in range(first, end)]
-    return ([prompts[i] for i in batch], [responses[r] for r in rows], [beta[r] for r in rows],
-            sketch.group_advantage(rewards)[batch, first:end].flatten(), K, TEMPERATURE)
+    advantages = sketch.group_advantage(rewards)
+    batch = []
+    for i in chosen:
+        rows = range(i * K + first, i * K + end)
+        batch.append(sketch.Trajectories(prompts[i], [responses[row] for row in rows],
+                                         [beta[row] for row in rows], advantages[i, first:end], K,
+                                         TEMPERATURE))
+    return batch
 
 
 def relative_error(found, expected):
@@ -140,25 +140,22 @@ def test_gradient_does_not_depend_on_its_batch(policy_and_truth, monkeypatch):
     row_by_row = torch.cat([gradients(policy, [i], rows=1) for i in range(5)])
     monkeypatch.setattr(sketch, "CHUNK", 600)  # a layer's gradients of one or two prompts at a time
     in_chunks = gradients(policy, [0, 1, 2, 3, 4])
-    made = []
-    hook = policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
-    few_logits = []
-    for rows in (9, 3):  # that fit. 9: two prompts at a time; 3: two of a prompt's four responses
-        monkeypatch.setattr(sketch, "LOGITS", rows * 8 * 29)
-        few_logits.append(gradients(policy, [0, 1, 2, 3, 4]))
-    hook.remove()
-    assert max(made) == 8 * 8 * 29 and made.count(2 * 8 * 29) == 10
-    for found in (reverse, alone, row_by_row, in_chunks, *few_logits):
+    for found in (reverse, alone, row_by_row, in_chunks):
         assert relative_error(found, truth) <= 1e-5
+
+
+def batched(policy):
+    """Whether choose_sketcher takes the hooks."""
+    return sketch.choose_sketcher(policy, Whole(policy)).func is sketch.sketch_prompts
 
 
 def test_weight_used_outside_its_layer_is_noticed():
     """Supported layer types are not enough: batched gradients are first checked against plain autograd."""
     policy = tiny_qwen(tied=True)
-    assert sketch.make_sketcher(policy, Whole(policy)).batched
+    assert batched(policy)
     policy = tiny_qwen(tied=True)
     policy.lm_head = HiddenHead(policy.model.embed_tokens)
-    assert not sketch.make_sketcher(policy, Whole(policy)).batched
+    assert not batched(policy)
 
 
 @pytest.mark.parametrize("rho_max", [0.2, 0.5, 1e9])
@@ -166,9 +163,7 @@ def test_truncated_gradient_is_the_equation(policy_and_truth, rho_max):
     """Some ratios are above 0.5 and 0.2, none above 1e9, where the gradient is the plain one."""
     policy, truth = policy_and_truth
     prompts, responses, beta, rewards = rollouts()
-    sketcher = sketch.Sketcher(policy, Whole(policy))
-    found = sketch.sketch_batch(sketcher, *arguments([0, 1, 2, 3, 4]), rho_max)
-    sketcher.close()
+    found, _ = sketch.sketch_prompts(policy, Whole(policy), trajectories([0, 1, 2, 3, 4]), rho_max)
     double = copy.deepcopy(policy).double().requires_grad_(True)
     for i in range(5):
         own = slice(i * K, (i + 1) * K)
@@ -223,14 +218,14 @@ def module_cases():
 
 @pytest.mark.parametrize("name", module_cases())
 def test_batched_gradients_are_the_looped_ones(name):
-    """prompt_gradients against one backward pass per prompt through the module itself, in float64."""
+    """layer_gradients against one backward pass per prompt through the module itself, in float64."""
     module, x = module_cases()[name]
     output = module(x)
     delta = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
     flat = delta.reshape(3, -1, delta.shape[-1])
     seen = output.detach() if type(module).__name__.endswith("RMSNorm") else x
     with torch.no_grad():
-        found = dict(sketch.prompt_gradients(module, seen.reshape(*flat.shape[:2], -1), flat))
+        found = dict(sketch.layer_gradients(module, seen.reshape(*flat.shape[:2], -1), flat))
     assert found.keys() == set(module.parameters())
     module.double()
     x = x.double() if x.is_floating_point() else x
@@ -243,7 +238,7 @@ def test_batched_gradients_are_the_looped_ones(name):
 
 
 def test_unknown_layer_means_plain_autograd(capsys):
-    """A subclass may compute anything, so only the exact types that prompt_gradients supports are batched."""
+    """A subclass may compute anything, so only the exact types that layer_gradients supports are batched."""
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -252,10 +247,10 @@ def test_unknown_layer_means_plain_autograd(capsys):
     scaled = Scaled(16, 29, bias=False)
     scaled.weight = policy.lm_head.weight
     policy.lm_head = scaled
-    assert not sketch.make_sketcher(policy, Whole(policy)).batched
+    assert not batched(policy)
     assert "plain autograd" in capsys.readouterr().err
     prompts, responses, beta, rewards = rollouts()
-    found = sketch.sketch_batch(sketch.Sketcher(policy, Whole(policy), batched=False), *arguments([2]))
+    found = gradients(policy, [2], batched=False)
     own = slice(2 * K, 3 * K)
     truth = naive_gradient(policy.double(), prompts[2], responses[own], beta[own], rewards[2].tolist())
     assert relative_error(found[0], truth) <= 1e-5
@@ -275,10 +270,9 @@ def test_sketch_is_the_projection_of_the_true_gradient(policy_and_truth, project
     expected = projection.sketches(sums)
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)  # as an earlier backward pass leaves it
-    for batched in (True, False):
-        sketcher = sketch.Sketcher(policy, projection, batched)
-        assert relative_error(sketches(sketcher, [0, 1, 2, 3, 4]), expected) <= 1e-5
-        sketcher.close()
+    for sketcher in (sketch.sketch_prompts, sketch.sketch_one_by_one):
+        found, _ = sketcher(policy, projection, trajectories([0, 1, 2, 3, 4]))
+        assert relative_error(found, expected) <= 1e-5
 
 
 def test_bfloat16_policy_has_float32_gradients():
@@ -287,7 +281,7 @@ def test_bfloat16_policy_has_float32_gradients():
     module = nn.Linear(8, 4, bias=False).bfloat16()
     x, delta = torch.randn(2, 5000, 8).bfloat16(), torch.randn(2, 5000, 4).bfloat16()
     with torch.no_grad():
-        (_, found), = sketch.prompt_gradients(module, x, delta.float())
+        (_, found), = sketch.layer_gradients(module, x, delta.float())
     assert found.dtype == torch.float32
     assert relative_error(found.flatten(1), (delta.double().mT @ x.double()).flatten(1)) <= 1e-6
     policy = tiny_qwen(tied=True)
@@ -303,9 +297,7 @@ def test_trial_accepts_a_deep_bfloat16_policy():
         sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=24,
                      num_attention_heads=4, num_key_value_heads=2)
         policy = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval()
-        sketcher = sketch.make_sketcher(policy, Whole(policy))
-        assert sketcher.batched
-        sketcher.close()
+        assert batched(policy)
 
 
 def test_sidecar_has_the_log_ratios(micro_run, world, tmp_path, call):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import group_logprobs, tiny_qwen
+from conftest import group_logprobs, grpo_groups, tiny_qwen
 from test_gradients import relative_error
 from transformers import Qwen2Tokenizer
 
@@ -112,9 +112,9 @@ def one_step(batch_tokens, token_mean=False, optimizer=torch.optim.SGD):
     old = [(logp[i] + noise[i])[mask[i]].tolist() for i in range(12)]
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
     args = argparse.Namespace(kl_coef=KL, entropy_coef=ENTROPY, max_grad_norm=1e9, batch_tokens=batch_tokens,
-                              train_temperature=0.8, token_mean=token_mean)
-    row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters(), lr=1.0), PROMPTS, responses,
-                               old, rewards, args)
+                              train_temperature=0.8, token_mean=token_mean, dtype="float32")
+    row = train_grpo.grpo_step(policy, reference, optimizer(policy.parameters(), lr=1.0),
+                               grpo_groups(PROMPTS, responses, old, rewards), args)
     pairs = zip(policy.parameters(), before.parameters())
     move = torch.cat([(a.double() - b).flatten() for a, b in pairs]).detach()
     return move, row, (before, reference.double(), responses, old, rewards)
@@ -153,24 +153,6 @@ def test_accumulation_is_the_whole_batch():
     whole, first, _ = one_step(10**6)
     single, second, _ = one_step(1)  # twelve micro-batches of one response
     assert relative_error(single, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
-
-
-def test_logits_are_made_a_few_responses_at_a_time(monkeypatch):
-    """With a low limit on logits the step is the same, and no call of the output layer exceeds it."""
-    whole, first, _ = one_step(10**6)
-    made = []
-    monkeypatch.setattr(train_grpo, "LOGITS", 5 * 7 * 29)  # five of the twelve responses of at most 7 tokens
-    forward = torch.nn.Linear.forward
-
-    def recorded(self, x):
-        made.append(forward(self, x))
-        return made[-1]
-
-    monkeypatch.setattr(torch.nn.Linear, "forward", recorded)
-    parts, second, _ = one_step(10**6)
-    assert relative_error(parts, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
-    sizes = [logits.numel() for logits in made if logits.shape[-1] == 29][1:]  # the first: group_logprobs
-    assert max(sizes) == 5 * 7 * 29 and len(sizes) >= 2 * 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -223,25 +205,29 @@ class Planned:
     def __call__(self, rollouts, batch, k, temperature, seeds):
         self.asked += batch
         self.seeds += seeds
-        return [([[i]] * k, [[0.0]] * k, self.rewards[i]) for i in batch]
+        return [train_grpo.Group([i], [[i]] * k, [[0.0]] * k, self.rewards[i]) for i in batch]
 
 
-def planned_groups(rewards, dynamic, position=0, size=4):
+def planned_groups(rewards, dynamic, size=4):
+    """What sample_groups makes of planned rewards: groups, position in the order of prompts, row, sampler."""
     args = argparse.Namespace(batch_size=size, group=2, seed=3, train_temperature=1.0,
                               dynamic_sampling=dynamic)
     rollouts = {"prompts": [[i] for i in range(len(rewards))], "meta": {"eos_ids": [0]}}
     sampler, selected = Planned(rewards), list(range(len(rewards)))
-    return *train_grpo.sample_groups(sampler, rollouts, selected, position, 7, args), sampler
+    state = train_grpo.State(step=7)
+    groups, row = train_grpo.sample_groups(sampler, rollouts, selected, state, args)
+    return groups, state.position, row, sampler
 
 
 def test_dynamic_sampling_replaces_groups_of_equal_rewards():
     """Every third group is unequal: rounds of 4 prompts until 4 such groups are found, in order."""
     rewards = [[0.0, 1.0] if i % 3 == 0 else [0.3, 0.3] for i in range(30)]
-    (prompts, responses, logprobs, found), position, row, sampler = planned_groups(rewards, dynamic=True)
+    groups, position, row, sampler = planned_groups(rewards, dynamic=True)
     order = train_grpo.next_prompts(list(range(30)), 0, 30, 3)
     expected = [i for i in order if i % 3 == 0][:4]
-    assert [prompt[0] for prompt in prompts] == expected and found.tolist() == [[0.0, 1.0]] * 4
-    assert responses == [[i] for i in expected for _ in range(2)] and len(logprobs) == 8
+    assert [group.prompt[0] for group in groups] == expected
+    assert all(group.rewards == [0.0, 1.0] for group in groups)
+    assert [group.responses for group in groups] == [[[i], [i]] for i in expected]
     assert sampler.asked == order[:position] and position == 4 * row["rounds"] and row["rounds"] > 1
     assert len(set(sampler.seeds)) == position and row["tokens"] == 2 * position
     unequal = sum(i % 3 == 0 for i in sampler.asked)
@@ -253,10 +239,11 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards():
 def test_dynamic_sampling_is_bounded():
     """Ten rounds: then the batch is smaller or, without any unequal group, one without a gradient."""
     few = [[0.0, 1.0] if i == 5 else [1.0, 1.0] for i in range(60)]
-    (prompts, _, _, _), position, row, _ = planned_groups(few, dynamic=True, size=6)
-    assert [prompt[0] for prompt in prompts] == [5] and row["rounds"] == 10 and position == 60
-    (prompts, _, _, rewards), _, row, _ = planned_groups([[0.2, 0.2]] * 60, dynamic=True, size=6)
-    assert len(prompts) == 6 and not train_grpo.group_advantage(rewards).any() and row["rounds"] == 10
+    groups, position, row, _ = planned_groups(few, dynamic=True, size=6)
+    assert [group.prompt[0] for group in groups] == [5] and row["rounds"] == 10 and position == 60
+    groups, _, row, _ = planned_groups([[0.2, 0.2]] * 60, dynamic=True, size=6)
+    rewards = torch.tensor([group.rewards for group in groups])
+    assert len(groups) == 6 and not train_grpo.group_advantage(rewards).any() and row["rounds"] == 10
 
 
 def test_temperatures(micro_run, world, tmp_path, call):

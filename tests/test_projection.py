@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_qwen
-from test_gradients import arguments
+from test_gradients import trajectories
 
 import score
 import sketch
@@ -55,13 +55,16 @@ def test_same_in_another_process(kind, tmp_path):
 def test_same_on_a_reloaded_model(tmp_path):
     policy = tiny_qwen(tied=True)
     policy.save_pretrained(tmp_path)
+    loaded = sketch.load_policy(tmp_path, "cpu", "float32")
+    loaded.save_pretrained(tmp_path / "again")
     sketches = []
-    for model in (policy, sketch.load_policy(tmp_path, "cpu", "float32")):
+    for model in (policy, loaded, sketch.load_policy(tmp_path / "again", "cpu", "float32")):
         projection = Projection(0, 0.3, 64, "cpu")
-        sketcher = sketch.Sketcher(model, projection)
-        sketches.append(sketch.sketch_batch(sketcher, *arguments([0, 1, 2])))
-    one, other = sketches
+        sketches.append(sketch.sketch_prompts(model, projection, trajectories([0, 1, 2]))[0])
+    in_memory, one, other = sketches
     assert torch.equal(one, other) and one.abs().sum() > 0
+    # weights in a mapped file are aligned differently, which changes how CPU kernels round
+    torch.testing.assert_close(in_memory, one, rtol=1e-5, atol=1e-6 * float(one.norm()))
 
 
 @pytest.mark.parametrize("kind, keep", [("sjlt", 0.3), ("sjlt", 1.0), ("rademacher", 0.3)])

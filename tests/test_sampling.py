@@ -26,8 +26,8 @@ def test_ratio_is_one_at_the_behaviour_policy(tmp_path, temperature):
         {"eos_token_id": 1, "do_sample": True, "top_k": 20, "repetition_penalty": 1.05, "temperature": 0.7}))
     policy = collect.load_policy(tmp_path, "cpu", "float32")
     responses, logprobs = draw(policy, temperature=temperature)
-    hidden, targets, mask = sketch.group_hidden(policy.base_model, PROMPTS, responses)
-    logp = sketch.token_logprobs(sketch.output_logits(policy, hidden, temperature), targets, mask)
+    logp = sketch.token_logprobs(*sketch.response_logits(policy, PROMPTS, responses, temperature))
+    mask = torch.arange(logp.shape[1]) < torch.tensor([len(response) for response in responses])[:, None]
     assert mask.sum() == sum(map(len, responses)) > 100
     beta = torch.zeros_like(logp).masked_scatter_(mask, torch.tensor([x for row in logprobs for x in row]))
     assert (sketch.token_ratio(logp, beta)[mask] - 1).abs().max() <= 1e-4

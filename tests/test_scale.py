@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, tiny_qwen, without_seconds
+from conftest import ROOT, grpo_groups, run_script, tiny_qwen, without_seconds
 from transformers import AutoModelForCausalLM
 
 import collect
@@ -89,23 +89,30 @@ def test_two_processes_sketch_the_same_bytes(micro_run, world, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4  # with the .json files
 
 
-def test_logits_of_a_real_vocabulary_exist_in_parts():
-    """Qwen2.5-7B's 152,064 tokens, 16 responses of 60 tokens: 146M logits, at most 2^25 = 34M at once."""
-    policy, generator = tiny_qwen(tied=True, vocab=152064), torch.Generator().manual_seed(0)
-    prompts = [torch.randint(9, 152064, (3,), generator=generator).tolist() for _ in range(2)]
-    responses = [torch.randint(9, 152064, (60,), generator=generator).tolist() for _ in range(16)]
+def test_a_micro_batch_bounds_the_logits():
+    """Qwen2.5-7B's 152,064 tokens, 16 responses of 60 tokens, 150 per micro-batch: at most 150 rows of logits."""
+    vocabulary, budget, generator = 152064, 150, torch.Generator().manual_seed(0)
+    policy = tiny_qwen(tied=True, vocab=vocabulary)
+    prompts = [torch.randint(9, vocabulary, (3,), generator=generator).tolist() for _ in range(2)]
+    responses = [torch.randint(9, vocabulary, (60,), generator=generator).tolist() for _ in range(16)]
     made, rewards = [], torch.tensor([[0.0, 1.0] * 4] * 2)
-    policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.numel()))
-    args = SimpleNamespace(batch_tokens=10**6, kl_coef=0.0, entropy_coef=0.001, max_grad_norm=1.0,
-                           train_temperature=1.0, token_mean=False)
-    train_grpo.grpo_step(policy, None, torch.optim.AdamW(policy.parameters()), prompts, responses,
-                         [[0.0] * 60] * 16, rewards, args)
-    sketcher = sketch.Sketcher(policy, sketch.Projection(0, 0.001, 64, "cpu"))
-    assert sketcher.batched
-    advantages = sketch.group_advantage(rewards).flatten()
-    sketch.sketch_batch(sketcher, prompts, responses, [torch.zeros(60)] * 16, advantages, 8, 1.0)
-    total = 16 * 60 * 152064
-    assert sum(made) >= 2 * total and max(made) <= 2**25 < total / 4
+    policy.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output[..., 0].numel()))
+    args = SimpleNamespace(batch_tokens=budget, kl_coef=0.0, entropy_coef=0.001, max_grad_norm=1.0,
+                           train_temperature=1.0, token_mean=False, dtype="float32")
+    groups = grpo_groups(prompts, responses, [[0.0] * 60] * 16, rewards)
+    train_grpo.grpo_step(policy, None, torch.optim.AdamW(policy.parameters()), groups, args)
+    trained = made.copy()
+    made.clear()
+    projection = sketch.Projection(0, 0.001, 64, "cpu")
+    advantages = sketch.group_advantage(rewards)
+    for (i,), n in sketch.plan_batches({0: (3, 60), 1: (3, 60)}, 8, budget):
+        for first in range(0, 8, n):
+            own = responses[i * 8 + first:i * 8 + first + n]
+            batch = [sketch.Trajectories(prompts[i], own, [torch.zeros(60)] * n, advantages[i, first:first + n],
+                                         8, 1.0)]
+            sketch.sketch_prompts(policy, projection, batch)
+    for rows in (trained, made):
+        assert sum(rows) >= 16 * 59 and max(rows) <= budget and len(rows) > 8
 
 
 class Killed(Exception):
@@ -114,7 +121,7 @@ class Killed(Exception):
 
 def killed_after(function, calls):
     """Wraps `function` to raise Killed at call number calls + 1; .count is the number of calls."""
-    def counted(*arguments):
+    def counted(*arguments, **options):
         counted.count += 1
         if counted.count > calls:
             raise Killed
@@ -125,16 +132,16 @@ def killed_after(function, calls):
 
 
 def test_sketch_resumes_after_its_finished_batches(micro_run, world, tmp_path, call, monkeypatch):
-    run, sketch_batch = micro_run[0], sketch.sketch_batch
+    run, sketch_prompts = micro_run[0], sketch.sketch_prompts
     arguments = ("--model", run / "cropi/phase-0/policy", "--rollouts", run / "rollouts/train.pt",
                  "--out", tmp_path / "train.npy", "--dim", 256)
-    # make_sketcher's trial makes the first call
-    monkeypatch.setattr(sketch, "sketch_batch", killed_after(sketch_batch, 1 + 4))
+    # choose_sketcher's trial makes the first call
+    monkeypatch.setattr(sketch, "sketch_prompts", killed_after(sketch_prompts, 1 + 4))
     with pytest.raises(Killed):
         call(sketch, *arguments, "--batch-tokens", 128)
     assert len(list(tmp_path.glob("train.npy.*.parts/*.pt"))) == 4
-    counted = killed_after(sketch_batch, 999)
-    monkeypatch.setattr(sketch, "sketch_batch", counted)
+    counted = killed_after(sketch_prompts, 999)
+    monkeypatch.setattr(sketch, "sketch_prompts", counted)
     assert call(sketch, *arguments, "--batch-tokens", 128)[0] == 0
     rollouts = sketch.load_rollouts(run / "rollouts/train.pt")
     longest = rollouts["response_lengths"].view(120, 6).amax(1).tolist()
@@ -146,16 +153,16 @@ def test_sketch_resumes_after_its_finished_batches(micro_run, world, tmp_path, c
 
 
 def test_finished_batches_of_other_settings_are_not_used(micro_run, tmp_path, call, monkeypatch):
-    run, sketch_batch = micro_run[0], sketch.sketch_batch
+    run, sketch_prompts = micro_run[0], sketch.sketch_prompts
     arguments = ("--rollouts", run / "rollouts/train.pt", "--out", tmp_path / "train.npy", "--dim", 256,
                  "--batch-tokens", 128)
     for other in (("--model", run / "influence/phase-1/policy"),
                   ("--model", run / "cropi/phase-0/policy", "--seed", 1),
                   ("--model", run / "cropi/phase-0/policy", "--keep", 0.2)):
-        monkeypatch.setattr(sketch, "sketch_batch", killed_after(sketch_batch, 1 + 4))
+        monkeypatch.setattr(sketch, "sketch_prompts", killed_after(sketch_prompts, 1 + 4))
         with pytest.raises(Killed):
             call(sketch, *arguments, *other)
-    monkeypatch.setattr(sketch, "sketch_batch", sketch_batch)
+    monkeypatch.setattr(sketch, "sketch_prompts", sketch_prompts)
     assert call(sketch, *arguments, "--model", run / "cropi/phase-0/policy")[0] == 0
     assert (tmp_path / "train.npy").read_bytes() == (run / "cropi/phase-1/train.npy").read_bytes()
     assert json.loads((tmp_path / "train.json").read_text())["keep"] == 0.1
