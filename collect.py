@@ -1,6 +1,7 @@
 """Stage 1 of CROPI: the behaviour policy answers every prompt K times, once, before any training.
 
-    tau_1 .. tau_K ~ beta(. | s0),    beta = pi_theta(0)
+    tau_1 .. tau_K ~ beta(. | s0),    beta = pi_theta(0)          trajectories
+    R(tau) in [0, 1]                                              reward, from a verifier
 
 Every later phase reuses these trajectories through the token ratio of sketch.py; beta is never sampled again.
 It is softmax(logits / temperature): no top-p, no top-k, no repetition penalty. Only the end tokens are read
@@ -20,16 +21,9 @@ Writes  --out    one for each of --data, or one for all of them (a pool of sever
                      families         list[str] [N], the --family-key column; or a pool's data set
                      meta             dict: format, model, data, k, temperature, max_new_tokens, eos_ids,
                                       verifier, seed
-                 response_tokens.split(response_lengths.tolist()) gives the responses. --k 0 stores prompts
-                 and answers only: a test set for train_grpo.py --eval.
-
-A killed run, started again with the same command, resumes after its finished batches. Under torchrun (one
-file system) the ranks share the batches. The bytes are the same for any number of ranks with the same number
-of threads each (torchrun sets one; some CPUs round differently with more). --engine vllm samples with vLLM in
-this process: faster on a GPU, but not bit-reproducible.
 
     python collect.py --model Qwen/Qwen2.5-1.5B-Instruct --data openai/gsm8k:main:train --out rollouts.pt \\
-        --instruction ' Put the final answer in \\boxed{}.'
+        --instruction ' Put the final answer in \\boxed{}.' --temperature 0.5
     python collect.py --model runs/toy/world/base --data runs/toy/world/train.jsonl --verifier exact \\
         --max-new-tokens 10 --out train.pt
     torchrun --nproc_per_node 8 collect.py --model MODEL --data DATA --out rollouts.pt --dtype bfloat16
@@ -48,8 +42,9 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -58,11 +53,8 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-FORMAT = 2  # of rollouts.pt
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
-
-# ---- the equations: trajectories and rewards ----
+# ==== 1. The paper ==========================================================================================
 @torch.no_grad()
 def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     """tau_1 .. tau_k ~ softmax(logits / temperature) for each prompt, and log pi of every token (engine hf).
@@ -71,21 +63,29 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     of the batch. temperature 0 is argmax. Returns responses and logprobs, B*k lists each, prompt-major. A
     response includes its end token, unless it was truncated at max_new_tokens.
     """
-    device, width = policy.device, max(map(len, prompts))
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniforms = [torch.rand(k, max_new_tokens, dtype=torch.float64, generator=rng) for rng in rngs]
+    device = policy.device
+    uniforms = []  # one number per token, drawn on the CPU: the same on every device
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        uniforms.append(torch.rand(k, max_new_tokens, dtype=torch.float64, generator=generator))
     uniforms = torch.cat(uniforms).to(device)  # [B*k, max_new_tokens]
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
+    end = torch.tensor(eos_ids, device=device)
+
+    # the prompts, padded on the left; each is read once and its keys and values are repeated k times
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
-    cache, positions = DynamicCache(config=policy.config), (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
                     logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(k)  # a prompt is prefilled once, not k times
-    logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
+    cache.batch_repeat_interleave(k)
+    logits = logits.repeat_interleave(k, 0)  # [B*k, V]
+    mask = mask.repeat_interleave(k, 0)  # [B*k, P]
 
-    end = torch.tensor(eos_ids, device=device)
-    active = torch.arange(len(mask), device=device)  # rows that have not ended
-    responses, logprobs = [[] for _ in range(len(mask))], [[] for _ in range(len(mask))]
+    active = torch.arange(len(mask), device=device)  # rows that have not ended; the others leave the batch
+    responses = [[] for _ in range(len(mask))]
+    logprobs = [[] for _ in range(len(mask))]
     for t in range(max_new_tokens):
         logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [active, V]
         if temperature:
@@ -93,52 +93,22 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
             u = uniforms[active, t, None] * cdf[:, -1:]  # [active, 1]
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
         else:
-            token = logp.argmax(-1, keepdim=True)
+            token = logp.argmax(-1, keepdim=True)  # [active, 1]
         for row, x, logp_x in zip(active.tolist(), token.tolist(), logp.gather(1, token).tolist()):
             responses[row] += x
             logprobs[row] += logp_x
         unfinished = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
         if len(unfinished) == 0 or t + 1 == max_new_tokens:
             break
-        if len(unfinished) < len(active):  # ended rows leave the batch
+        if len(unfinished) < len(active):
             cache.batch_select_indices(unfinished)
-            active, token, mask = active[unfinished], token[unfinished], mask[unfinished]
+            active = active[unfinished]
+            token = token[unfinished]
+            mask = mask[unfinished]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                         past_key_values=cache).logits[:, -1]
     return responses, logprobs
-
-
-def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
-    """Like `sample`, using vLLM (engine vllm). Equal batches with equal seeds give equal responses."""
-    from vllm import SamplingParams
-
-    if not llm.reset_prefix_cache():  # its keys and values are those of older weights
-        raise RuntimeError("vLLM did not empty its cache")
-    settings = [SamplingParams(n=k, seed=seed % 2**62, temperature=temperature, max_tokens=max_new_tokens,
-                               ignore_eos=True, stop_token_ids=eos_ids, logprobs=0, detokenize=False)
-                for seed in seeds]
-    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
-    outputs = [output for request in requests for output in request.outputs]
-    logprobs = [[at[x].logprob for at, x in zip(o.logprobs, o.token_ids)] for o in outputs]
-    return [list(output.token_ids) for output in outputs], logprobs
-
-
-ENGINES = {"hf": sample, "vllm": sample_vllm}
-KV_TOKENS = {"hf": 65536, "vllm": 262144}  # default of --kv-tokens
-
-
-@cache
-def load_function(name):
-    """The function that 'path/to/file.py:function' names. Runs the file."""
-    path, _, function = name.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("verifier", path)
-        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # for dataclasses
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except Exception as error:  # whatever the user's file raises
-        fail(name, f"no such verifier ({error!r})", "math, exact or path/to/file.py:function", "see --help")
 
 
 def verify(response, answer, verifier):
@@ -153,17 +123,11 @@ def verify(response, answer, verifier):
     (1.0, 1.0)
     """
     if verifier not in ("exact", "math"):
-        try:
-            reward = float(load_function(verifier)(response, answer))
-            if not 0 <= reward <= 1:  # or NaN
-                raise ValueError(f"it returned {reward}")
-            return reward
-        except Exception as error:
-            fail(verifier, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
-                 "a number in [0, 1]", "fix the function")
+        return verify_by_function(response, answer, verifier)
     if verifier == "exact":
         _, boxed, last = response.rpartition("\\boxed{")  # without a box, all of the response is `last`
-        return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + ("}" if boxed else r"\Z"), last)))
+        end = "}" if boxed else r"\Z"
+        return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + end, last)))
     import math_verify  # here, since it loads sympy, which 'exact' does not need
 
     gold = answer.rpartition("####")[2].strip()
@@ -177,17 +141,105 @@ def stream_seed(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
-# ---- the model ----
-def load_policy(name, device, dtype):
-    """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
-    try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
-        if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
-            raise ValueError("a recurrent state")
-        return policy
-    except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
+def collect_file(args, tokenizer, policy, examples, out):
+    """Samples and verifies K responses to each of N prompts (Examples) and writes one rollouts.pt."""
+    eos_ids = end_tokens(args.model, tokenizer)
+    sample_engine = ENGINES[args.engine]  # `sample` or, the same with vLLM, `sample_vllm`
+
+    def sample_batch(batch):
+        """{prompt: (tokens, lengths [K], log-probs, rewards [K])} of some prompts, given by their index."""
+        prompts = [examples.prompts[i] for i in batch]
+        seeds = [stream_seed(args.seed, i) for i in batch]  # a prompt's responses depend on (--seed, i) only
+        responses, logprobs = sample_engine(policy, prompts, args.k, args.temperature, args.max_new_tokens,
+                                            eos_ids, seeds)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        found = {}
+        for place, i in enumerate(batch):
+            own = slice(place * args.k, (place + 1) * args.k)
+            rewards = [verify(text, examples.answers[i], args.verifier) for text in texts[own]]
+            found[i] = as_tensors(responses[own], logprobs[own], rewards)
+        return found
+
+    meta = {"format": FORMAT, "model": args.model, "data": " ".join(examples.sources), "k": args.k,
+            "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids,
+            "verifier": args.verifier, "seed": args.seed}
+    results = []
+    if args.k > 0:  # otherwise a test set: prompts and answers only
+        settings = [meta, examples.prompts, examples.answers, *fingerprints(args)]
+        results = run_batches(sample_batch, plan_sampling(args, examples), out, settings)
+    if RANK == 0:
+        write_rollouts(out, examples, meta, results)
+
+
+def main():
+    args = parse_arguments()
+    device = join_ranks(args.device)
+    tokenizer = load_tokenizer(args.model)
+    pools = [args.data] if len(args.out) == 1 else [[source] for source in args.data]
+    examples = [read_examples(args, tokenizer, sources) for sources in pools]  # bad data fails before work
+    policy = load_engine(args, device, examples)
+    for of_file, out in zip(examples, args.out):
+        collect_file(args, tokenizer, policy, of_file, out)
+    remove_parts(args.out)
+    leave_ranks(args.engine)
+
+
+# ==== 2. Faster, same numbers ===============================================================================
+# Batches that fill the KV cache, and vLLM in place of `sample`. Without it, `sample` would be called with one
+# prompt at a time.
+
+KV_TOKENS = {"hf": 65536, "vllm": 262144}  # default of --kv-tokens: 1.9 and 7.5 GB for a 1.5B Qwen2.5
+
+
+def plan_sampling(args, examples):
+    """Batches of prompts, by their indices, longest first."""
+    costs = [len(prompt) + args.max_new_tokens for prompt in examples.prompts]  # of one response
+    if args.engine == "hf":
+        return batches_by_tokens(costs, args.kv_tokens // args.k)
+    # vLLM schedules its cache itself; 1024 responses per batch keep it busy
+    return batches_by_tokens(costs, 1024 * max(costs) // args.k)
+
+
+def batches_by_tokens(lengths, budget):
+    """Batches of indices, longest first, of at most `budget` tokens each, with padding to the longest."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
+    """Like `sample`, using vLLM (engine vllm). Equal batches with equal seeds give equal responses."""
+    from vllm import SamplingParams
+
+    if not llm.reset_prefix_cache():  # its keys and values are those of older weights
+        raise RuntimeError("vLLM did not empty its cache")
+    settings = [SamplingParams(n=k, seed=seed % 2**62, temperature=temperature, max_tokens=max_new_tokens,
+                               ignore_eos=True, stop_token_ids=eos_ids, logprobs=0, detokenize=False)
+                for seed in seeds]
+    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+    responses = []
+    logprobs = []
+    for request in requests:
+        for output in request.outputs:
+            responses.append(list(output.token_ids))
+            logprobs.append([at[x].logprob for at, x in zip(output.logprobs, output.token_ids)])
+    return responses, logprobs
+
+
+ENGINES = {"hf": sample, "vllm": sample_vllm}
+
+
+def load_engine(args, device, examples):
+    """The policy, as the engine takes it: a transformers model or vLLM's engine; None for --k 0."""
+    if args.k == 0:
+        return None
+    if args.engine == "hf":
+        return load_policy(args.model, device, args.dtype)
+    longest = max(len(prompt) for of_file in examples for prompt in of_file.prompts)
+    return load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
 
 
 def load_vllm(name, dtype, kv_tokens, context):
@@ -201,12 +253,13 @@ def load_vllm(name, dtype, kv_tokens, context):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # cache bytes
+        cache_tokens = max(kv_tokens, 2 * context + 1024)  # vLLM refuses one that cannot hold a long sequence
         with warnings.catch_warnings(action="ignore"):  # from packages that vLLM imports
             from vllm import LLM
 
             return LLM(name, dtype=dtype, max_model_len=context, logprobs_mode="processed_logprobs",
                        generation_config="vllm", skip_tokenizer_init=True, use_tqdm_on_load=False,
-                       kv_cache_memory_bytes=max(kv_tokens, 2 * context + 1024) * token,
+                       kv_cache_memory_bytes=cache_tokens * token,
                        gpu_memory_utilization=0.01,  # free at the start; kv_cache_memory_bytes sets the cache
                        enforce_eager=not gpu, enable_sleep_mode=gpu,
                        distributed_executor_backend="external_launcher" if WORLD > 1 else None)
@@ -215,206 +268,34 @@ def load_vllm(name, dtype, kv_tokens, context):
              "pip install -r requirements-vllm.txt, lower --kv-tokens, or choose --engine hf")
 
 
-def load_tokenizer(name):
-    try:
-        folder = Path(name)
-        if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
-            raise OSError("no tokenizer file")  # from which transformers would make an empty tokenizer
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises a dozen types here
-        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer there")
+# ==== 3. Files, resuming, bad input =========================================================================
+# The command line, data sets, your own verifier, rollouts.pt, batches that survive a kill and are shared by
+# torchrun's processes (ranks), one-line errors. Nothing here changes what is sampled from a prompt.
+
+FORMAT = 2  # of rollouts.pt
+RANK = int(os.environ.get("RANK", "0"))  # of this process among those that torchrun has started
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # their number
+NOTES = """
+A killed run, started again with the same command, resumes after its finished batches. Under torchrun (one
+file system) the ranks share the batches. The bytes are the same for any number of ranks with the same number
+of threads each (torchrun sets one; some CPUs round differently with more). --engine vllm samples with vLLM in
+this process: faster on a GPU, but not bit-reproducible.
+
+response_tokens.split(response_lengths.tolist()) gives the responses. --k 0 stores prompts and answers only: a
+test set for train_grpo.py --eval.
+"""
 
 
-def end_tokens(name, tokenizer):
-    """Sorted ids that end a response: the tokenizer's, and the checkpoint's (chat models have others)."""
-    try:
-        config = GenerationConfig.from_pretrained(name)
-    except OSError:  # a checkpoint without generation_config.json
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name))
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-    return ids or fail(name, "no end token", "one in generation_config.json or the tokenizer", "add it")
-
-
-# ---- the prompts ----
-def load_examples(source, prompt_keys, answer_keys, family_key, limit):
-    """[(prompt, answer, family)] of a .jsonl or .parquet file or of a hub data set `name[:config[:split]]`.
-
-    Prompt and answer are in the first of the keys that is a column. A list of answers is joined by commas.
-    """
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
-    name, config, split = [kind, "", ""] if kind else (source.split(":", 2) + ["", ""])[:3]
-    try:
-        rows = datasets.load_dataset(name, config or None, data_files=source if kind else None,
-                                     split=split or "train")
-    except Exception as error:  # datasets wraps the reason: its cause says which line
-        fail(source, f"unreadable data ({error.__cause__ or error or repr(error)})",
-             "a .jsonl or .parquet file that is not empty, or a hub data set", "fix the data")
-    columns, examples = [], []
-    for keys in (prompt_keys, answer_keys):
-        found = [key for key in keys if key in rows.column_names]
-        if not found:
-            fail(source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}",
-                 "set --prompt-key and --answer-key")
-        columns.append(found[0])
-    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
-        prompt, answer = (row[column] for column in columns)
-        answers = answer if isinstance(answer, list) else [answer]
-        answer = ", ".join(str(part) for part in answers if part is not None)
-        if not prompt or not answer.strip():
-            fail(source, f"an empty prompt or answer in example {number}", f"text in {columns}", "drop it")
-        examples.append((prompt, answer, str(row.get(family_key) or "")))
-    return examples or fail(source, "no example", "at least one", "check --data")
-
-
-def encode_prompt(prompt, instruction, tokenizer):
-    """Token ids of a prompt (a string or chat messages), by the chat template if the tokenizer has one."""
-    if isinstance(prompt, str):
-        prompt += instruction
-        if tokenizer.chat_template is None:
-            return tokenizer(prompt).input_ids
-        prompt = [{"role": "user", "content": prompt}]
-    elif tokenizer.chat_template is None:
-        fail(tokenizer.name_or_path, "no chat template", "one, since a prompt is a list of chat messages",
-             "choose a chat model or string prompts")
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True).input_ids
-
-
-def read_prompts(args, tokenizer, sources):
-    """Prompts as token ids, answers and families of all `sources`, N each."""
-    prompts, answers, families = [], [], []
-    try:
-        config = AutoConfig.from_pretrained(args.model).get_text_config()
-    except Exception as error:  # missing, damaged, of an unknown kind of model
-        fail(args.model, f"no usable config.json ({error})", "a Hugging Face checkpoint", "check --model")
-    limit = getattr(config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
-    for source in sources:
-        examples = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
-        for number, (prompt, answer, family) in enumerate(examples, start=1):
-            prompts.append(encode_prompt(prompt, args.instruction, tokenizer))
-            answers.append(answer)
-            families.append(family or (source if len(sources) > 1 else ""))
-            if len(prompts[-1]) > limit:
-                fail(source, f"a prompt of {len(prompts[-1])} tokens (example {number})",
-                     f"at most {limit} tokens with --max-new-tokens {args.max_new_tokens}",
-                     "drop it or lower --max-new-tokens")
-    return prompts, answers, families
-
-
-# ---- batches, files, ranks ----
-def fail(source, found, expected, hint):
-    """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
-    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
-    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
-    raise SystemExit(2)
-
-
-def batches_by_tokens(lengths, budget):
-    """Batches of indices, longest first, of at most `budget` tokens each, with padding to the longest."""
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > budget:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-@contextmanager
-def replacing(path):
-    """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "wb")  # opening a folder raises
-    except OSError as error:
-        fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
-    with file:
-        yield file
-    os.replace(part, path)
-
-
-def run_batches(work, plan, out, settings):
-    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings. Returns the results.
-
-    Each rank does every WORLD-th batch, unless its file exists. Returns when all ranks have finished.
-    """
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    parts = [out.with_name(f"{out.name}.{digest[:16]}.parts") / f"{i}.pt" for i in range(len(plan))]
-    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
-        if not parts[number].exists():
-            with replacing(out if out.is_dir() else parts[number]) as file:  # a wrong --out fails before work
-                torch.save(work(plan[number]), file)
-    if WORLD > 1:
-        torch.distributed.barrier()
-    return (torch.load(part, weights_only=True, mmap=True) for part in parts)
-
-
-def sample_batch(args, tokenizer, policy, prompts, answers, eos_ids, batch):
-    """K verified responses to each prompt of `batch`: {prompt: (tokens, lengths [K], log-probs, rewards)}."""
-    k, responses, logprobs, rows = args.k, [], [], {}
-    if k:
-        queries, seeds = [prompts[i] for i in batch], [stream_seed(args.seed, i) for i in batch]
-        responses, logprobs = ENGINES[args.engine](policy, queries, k, args.temperature, args.max_new_tokens,
-                                                   eos_ids, seeds)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    for number, i in enumerate(batch):
-        own = slice(number * k, (number + 1) * k)
-        tokens = torch.tensor(sum(responses[own], []), dtype=torch.int32)
-        lengths = torch.tensor([len(response) for response in responses[own]], dtype=torch.int64)
-        rewards = torch.tensor([verify(text, answers[i], args.verifier) for text in texts[own]])
-        rows[i] = tokens, lengths, torch.tensor(sum(logprobs[own], [])), rewards
-    return rows
-
-
-def collect_file(args, tokenizer, policy, sources, examples, out):
-    """Collects one rollouts.pt. examples: what read_prompts returned."""
-    (prompts, answers, families), k, eos_ids = examples, args.k, end_tokens(args.model, tokenizer)
-    meta = {"format": FORMAT, "model": args.model, "data": " ".join(sources), "k": k,
-            "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "eos_ids": eos_ids,
-            "verifier": args.verifier, "seed": args.seed}
-    costs = [len(prompt) + args.max_new_tokens for prompt in prompts]  # of one response
-    # vLLM schedules its cache itself; 1024 responses per batch keep it busy
-    budget = args.kv_tokens if args.engine == "hf" else 1024 * max(costs)
-    plan = batches_by_tokens(costs, budget // max(1, k))
-    settings = [meta, prompts, answers, args.engine, args.dtype, args.kv_tokens]
-    weights = sorted(Path(args.model).glob("*model*")) if k else []  # a hub model is known by its name
-    for path in [Path(args.verifier.rpartition(":")[0]), *weights]:  # a changed file does not resume
-        if path.is_file():
-            with open(path, "rb") as file:
-                settings.append(hashlib.file_digest(file, "sha256").hexdigest())
-    work = partial(sample_batch, args, tokenizer, policy, prompts, answers, eos_ids)
-    results = run_batches(work, plan, out, settings)
-    if RANK > 0:
-        return
-    rows = {}  # prompt -> its row of sample_batch
-    for result in results:
-        rows |= result
-    tokens, lengths, logprobs, rewards = map(torch.cat, zip(*(rows[i] for i in range(len(prompts)))))
-    rewards = rewards.view(len(prompts), k)
-    with replacing(out) as file:
-        torch.save({"prompt_tokens": torch.tensor([x for row in prompts for x in row], dtype=torch.int32),
-                    "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]),
-                    "response_tokens": tokens, "response_lengths": lengths, "logprobs": logprobs,
-                    "rewards": rewards, "answers": answers, "families": families, "meta": meta}, file)
-    varied = (rewards != rewards[:, :1]).any(1).float().mean()  # those that have a gradient in sketch.py
-    summary = f"{out}: {len(prompts)} prompts"
-    if k:
-        summary += (f" x {k} responses, {len(tokens)} tokens; mean reward "
-                    f"{rewards.mean():.3f}, {varied:.0%} of prompts with unequal rewards")
-    print(summary)
-
-
-# ---- the command line ----
-def main():
+def parse_arguments():
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=NOTES, formatter_class=layout)
     parser.add_argument("--model", required=True, help="behaviour policy: a Hugging Face folder or hub name")
     parser.add_argument("--data", required=True, nargs="+", help="files or hub sets name[:config[:split]]")
     parser.add_argument("--out", required=True, nargs="+", type=Path, help="one for each of --data, or one")
     parser.add_argument("--k", type=int, default=8, help="responses per prompt (8); 0: none")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled distribution (1.0)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="length limit of a response (1024)")
+    parser.add_argument("--temperature", type=float, default=1.0,
+                        help="of the sampled distribution (1.0: the policy as it is; the paper has 0.5)")
+    parser.add_argument("--max-new-tokens", type=int, default=2048, help="length limit of a response (2048)")
     parser.add_argument("--verifier", default="math",
                         help="math, exact or your own function, path/to/file.py:function (math)")
     parser.add_argument("--prompt-key", nargs="+", default=["prompt", "question", "problem"],
@@ -438,28 +319,260 @@ def main():
     args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
     if args.verifier not in ("exact", "math"):
         load_function(args.verifier)  # fails early
+    return args
+
+
+def verify_by_function(response, answer, name):
+    """The reward by your own function. name: 'path/to/file.py:function'."""
+    try:
+        reward = float(load_function(name)(response, answer))
+        if not 0 <= reward <= 1:  # or NaN
+            raise ValueError(f"it returned {reward}")
+        return reward
+    except Exception as error:
+        fail(name, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
+             "a number in [0, 1]", "fix the function")
+
+
+@cache
+def load_function(name):
+    """The function that 'path/to/file.py:function' names. Runs the file."""
+    path, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("verifier", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["verifier"] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except Exception as error:  # whatever the user's file raises
+        fail(name, f"no such verifier ({error!r})", "math, exact or path/to/file.py:function", "see --help")
+
+
+def load_policy(name, device, dtype):
+    """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
+            raise ValueError("a recurrent state")
+        return policy
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
+
+
+def load_tokenizer(name):
+    try:
+        folder = Path(name)
+        if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+            raise OSError("no tokenizer file")  # from which transformers would make an empty tokenizer
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises a dozen types here
+        fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer there")
+
+
+def end_tokens(name, tokenizer):
+    """Sorted ids that end a response: the tokenizer's, and the checkpoint's (chat models have others)."""
+    try:
+        config = GenerationConfig.from_pretrained(name)
+    except OSError:  # a checkpoint without generation_config.json
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name))
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    return ids or fail(name, "no end token", "one in generation_config.json or the tokenizer", "add it")
+
+
+@dataclass
+class Examples:
+    """What one rollouts.pt is made from: N prompts of one or several data sets."""
+
+    sources: list  # names of the data sets
+    prompts: list  # N lists of token ids
+    answers: list  # N strings
+    families: list  # N strings
+
+
+def read_examples(args, tokenizer, sources):
+    """Reads and tokenizes data sets; refuses prompts that leave no room for --max-new-tokens."""
+    try:
+        config = AutoConfig.from_pretrained(args.model).get_text_config()
+    except Exception as error:  # missing, damaged, of an unknown kind of model
+        fail(args.model, f"no usable config.json ({error})", "a Hugging Face checkpoint", "check --model")
+    limit = getattr(config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    examples = Examples(sources, [], [], [])
+    for source in sources:
+        rows = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
+        for number, (prompt, answer, family) in enumerate(rows, start=1):
+            tokens = encode_prompt(prompt, args.instruction, tokenizer)
+            if len(tokens) > limit:
+                fail(source, f"a prompt of {len(tokens)} tokens (example {number})",
+                     f"at most {limit} tokens with --max-new-tokens {args.max_new_tokens}",
+                     "drop it or lower --max-new-tokens")
+            examples.prompts.append(tokens)
+            examples.answers.append(answer)
+            examples.families.append(family or (source if len(sources) > 1 else ""))
+    return examples
+
+
+def load_examples(source, prompt_keys, answer_keys, family_key, limit):
+    """[(prompt, answer, family)] of a .jsonl or .parquet file or of a hub data set `name[:config[:split]]`.
+
+    Prompt and answer are in the first of the keys that is a column. A list of answers is joined by commas.
+    """
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    try:
+        if kind:
+            rows = datasets.load_dataset(kind, data_files=source, split="train")
+        else:
+            name, config, split = (source.split(":", 2) + ["", ""])[:3]
+            rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # datasets wraps the reason: its cause says which line
+        fail(source, f"unreadable data ({error.__cause__ or error or repr(error)})",
+             "a .jsonl or .parquet file that is not empty, or a hub data set", "fix the data")
+    columns = []
+    for keys in (prompt_keys, answer_keys):
+        found = [key for key in keys if key in rows.column_names]
+        if not found:
+            fail(source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}",
+                 "set --prompt-key and --answer-key")
+        columns.append(found[0])
+    examples = []
+    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
+        prompt, answer = [row[column] for column in columns]
+        answers = answer if isinstance(answer, list) else [answer]
+        answer = ", ".join(str(part) for part in answers if part is not None)
+        if not prompt or not answer.strip():
+            fail(source, f"an empty prompt or answer in example {number}", f"text in {columns}", "drop it")
+        examples.append((prompt, answer, str(row.get(family_key) or "")))
+    return examples or fail(source, "no example", "at least one", "check --data")
+
+
+def encode_prompt(prompt, instruction, tokenizer):
+    """Token ids of a prompt (a string or chat messages), by the chat template if the tokenizer has one."""
+    if isinstance(prompt, str):
+        prompt += instruction
+        if tokenizer.chat_template is None:
+            return tokenizer(prompt).input_ids
+        prompt = [{"role": "user", "content": prompt}]
+    elif tokenizer.chat_template is None:
+        fail(tokenizer.name_or_path, "no chat template", "one, since a prompt is a list of chat messages",
+             "choose a chat model or string prompts")
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True).input_ids
+
+
+def fingerprints(args):
+    """What else must be equal, besides prompts and meta, for finished batches to be used by a resumed run."""
+    found = [args.engine, args.dtype, args.kv_tokens]
+    weights = sorted(Path(args.model).glob("*model*"))  # none for a hub model, which is known by its name
+    for path in [Path(args.verifier.rpartition(":")[0]), *weights]:
+        if path.is_file():
+            found.append(sha256(path))
+    return found
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def run_batches(work, plan, out, settings):
+    """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings.
+
+    Each rank does every WORLD-th batch, unless its file exists. Returns when all ranks have finished: an
+    iterator over the results in the plan's order, which reads one at a time, since all may not fit in memory.
+    """
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    folder = out.with_name(f"{out.name}.{digest[:16]}.parts")
+    parts = [folder / f"{number}.pt" for number in range(len(plan))]
+    if out.is_dir():
+        fail(out, "a folder, which cannot be written", "a file to write", "choose another --out")
+    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
+        if not parts[number].exists():
+            with replacing(parts[number]) as file:
+                torch.save(work(plan[number]), file)
+    if WORLD > 1:
+        torch.distributed.barrier()
+    return (torch.load(part, weights_only=True, mmap=True) for part in parts)
+
+
+def remove_parts(outs):
+    """Removes the finished batches of this and of earlier, unfinished runs that had the same --out."""
+    if RANK == 0:
+        for out in outs:
+            for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def replacing(path):
+    """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("a folder has this name")
+        file = open(part, "wb")
+    except OSError as error:
+        fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    with file:
+        yield file
+    os.replace(part, path)
+
+
+def as_tensors(responses, logprobs, rewards):
+    """A prompt's K responses as in rollouts.pt: flat tokens, lengths [K], flat log-probs, rewards [K]."""
+    lengths = [len(response) for response in responses]
+    return (torch.tensor(sum(responses, []), dtype=torch.int32), torch.tensor(lengths, dtype=torch.int64),
+            torch.tensor(sum(logprobs, [])), torch.tensor(rewards))
+
+
+def write_rollouts(out, examples, meta, results):
+    """Writes rollouts.pt from the results of sample_batch, and prints a line about it."""
+    n = len(examples.prompts)
+    rows = {i: as_tensors([], [], []) for i in range(n)}  # of --k 0
+    for result in results:
+        rows |= result
+    tokens, lengths, logprobs, rewards = [torch.cat(parts) for parts in zip(*[rows[i] for i in range(n)])]
+    rewards = rewards.view(n, meta["k"])
+    prompts = [token for prompt in examples.prompts for token in prompt]
+    with replacing(out) as file:
+        torch.save({"prompt_tokens": torch.tensor(prompts, dtype=torch.int32),
+                    "prompt_lengths": torch.tensor([len(prompt) for prompt in examples.prompts]),
+                    "response_tokens": tokens, "response_lengths": lengths, "logprobs": logprobs,
+                    "rewards": rewards, "answers": examples.answers, "families": examples.families,
+                    "meta": meta}, file)
+    summary = f"{out}: {n} prompts"
+    if meta["k"]:
+        unequal = (rewards != rewards[:, :1]).any(1).float().mean()  # these have a gradient in sketch.py
+        summary += (f" x {meta['k']} responses, {len(tokens)} tokens; mean reward {rewards.mean():.3f}, "
+                    f"{unequal:.0%} of prompts with unequal rewards")
+    print(summary)
+
+
+def join_ranks(device):
+    """Joins the other processes of torchrun, silences the libraries, returns this rank's device."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response has reward 0
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        args.device += f":{os.environ['LOCAL_RANK']}" if args.device == "cuda" else ""
-    tokenizer, policy = load_tokenizer(args.model), None
-    pools = [args.data] if len(args.out) == 1 else [[source] for source in args.data]
-    read = [read_prompts(args, tokenizer, sources) for sources in pools]
-    if args.k and args.engine == "hf":
-        policy = load_policy(args.model, args.device, args.dtype)
-    elif args.k:
-        longest = max(len(prompt) for prompts, *_ in read for prompt in prompts)
-        policy = load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
-    for sources, examples, out in zip(pools, read, args.out):
-        collect_file(args, tokenizer, policy, sources, examples, out)
-    for out in args.out if RANK == 0 else ():
-        for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
-            shutil.rmtree(folder)
-    if WORLD > 1 and args.engine == "hf":  # vLLM does it itself
+        if device == "cuda":
+            return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def leave_ranks(engine):
+    if WORLD > 1 and engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
+
+
+def fail(source, found, expected, hint):
+    """Reports wrong input in one line on stderr and exits with code 2."""
+    if RANK > 0:
+        time.sleep(5)  # torchrun ends this rank if rank 0 has reported the same
+    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

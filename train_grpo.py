@@ -397,21 +397,29 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     of the batch. temperature 0 is argmax. Returns responses and logprobs, B*k lists each, prompt-major. A
     response includes its end token, unless it was truncated at max_new_tokens.
     """
-    device, width = policy.device, max(map(len, prompts))
-    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniforms = [torch.rand(k, max_new_tokens, dtype=torch.float64, generator=rng) for rng in rngs]
+    device = policy.device
+    uniforms = []  # one number per token, drawn on the CPU: the same on every device
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        uniforms.append(torch.rand(k, max_new_tokens, dtype=torch.float64, generator=generator))
     uniforms = torch.cat(uniforms).to(device)  # [B*k, max_new_tokens]
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P], left-padded
+    end = torch.tensor(eos_ids, device=device)
+
+    # the prompts, padded on the left; each is read once and its keys and values are repeated k times
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # [B, P]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, P]
-    cache, positions = DynamicCache(config=policy.config), (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = policy(tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
                     logits_to_keep=1).logits[:, -1]
-    cache.batch_repeat_interleave(k)  # a prompt is prefilled once, not k times
-    logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)  # [B*k, V], [B*k, P]
+    cache.batch_repeat_interleave(k)
+    logits = logits.repeat_interleave(k, 0)  # [B*k, V]
+    mask = mask.repeat_interleave(k, 0)  # [B*k, P]
 
-    end = torch.tensor(eos_ids, device=device)
-    active = torch.arange(len(mask), device=device)  # rows that have not ended
-    responses, logprobs = [[] for _ in range(len(mask))], [[] for _ in range(len(mask))]
+    active = torch.arange(len(mask), device=device)  # rows that have not ended; the others leave the batch
+    responses = [[] for _ in range(len(mask))]
+    logprobs = [[] for _ in range(len(mask))]
     for t in range(max_new_tokens):
         logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [active, V]
         if temperature:
@@ -419,16 +427,18 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
             u = uniforms[active, t, None] * cdf[:, -1:]  # [active, 1]
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
         else:
-            token = logp.argmax(-1, keepdim=True)
+            token = logp.argmax(-1, keepdim=True)  # [active, 1]
         for row, x, logp_x in zip(active.tolist(), token.tolist(), logp.gather(1, token).tolist()):
             responses[row] += x
             logprobs[row] += logp_x
         unfinished = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
         if len(unfinished) == 0 or t + 1 == max_new_tokens:
             break
-        if len(unfinished) < len(active):  # ended rows leave the batch
+        if len(unfinished) < len(active):
             cache.batch_select_indices(unfinished)
-            active, token, mask = active[unfinished], token[unfinished], mask[unfinished]
+            active = active[unfinished]
+            token = token[unfinished]
+            mask = mask[unfinished]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = policy(token, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
                         past_key_values=cache).logits[:, -1]
@@ -456,12 +466,13 @@ def load_vllm(name, dtype, kv_tokens, context):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # cache bytes
+        cache_tokens = max(kv_tokens, 2 * context + 1024)  # vLLM refuses one that cannot hold a long sequence
         with warnings.catch_warnings(action="ignore"):  # from packages that vLLM imports
             from vllm import LLM
 
             return LLM(name, dtype=dtype, max_model_len=context, logprobs_mode="processed_logprobs",
                        generation_config="vllm", skip_tokenizer_init=True, use_tqdm_on_load=False,
-                       kv_cache_memory_bytes=max(kv_tokens, 2 * context + 1024) * token,
+                       kv_cache_memory_bytes=cache_tokens * token,
                        gpu_memory_utilization=0.01,  # free at the start; kv_cache_memory_bytes sets the cache
                        enforce_eager=not gpu, enable_sleep_mode=gpu,
                        distributed_executor_backend="external_launcher" if WORLD > 1 else None)
@@ -480,13 +491,17 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
                                ignore_eos=True, stop_token_ids=eos_ids, logprobs=0, detokenize=False)
                 for seed in seeds]
     requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
-    outputs = [output for request in requests for output in request.outputs]
-    logprobs = [[at[x].logprob for at, x in zip(o.logprobs, o.token_ids)] for o in outputs]
-    return [list(output.token_ids) for output in outputs], logprobs
+    responses = []
+    logprobs = []
+    for request in requests:
+        for output in request.outputs:
+            responses.append(list(output.token_ids))
+            logprobs.append([at[x].logprob for at, x in zip(output.logprobs, output.token_ids)])
+    return responses, logprobs
 
 
 ENGINES = {"hf": sample, "vllm": sample_vllm}
-KV_TOKENS = {"hf": 65536, "vllm": 262144}  # default of --kv-tokens
+KV_TOKENS = {"hf": 65536, "vllm": 262144}  # default of --kv-tokens: 1.9 and 7.5 GB for a 1.5B Qwen2.5
 
 
 def pack_output_layer(model):
@@ -494,19 +509,6 @@ def pack_output_layer(model):
     head = getattr(model, "lm_head", None)
     if hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
-
-
-@cache
-def load_function(name):
-    """The function that 'path/to/file.py:function' names. Runs the file."""
-    path, _, function = name.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("verifier", path)
-        sys.modules["verifier"] = module = importlib.util.module_from_spec(spec)  # for dataclasses
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except Exception as error:  # whatever the user's file raises
-        fail(name, f"no such verifier ({error!r})", "math, exact or path/to/file.py:function", "see --help")
 
 
 def verify(response, answer, verifier):
@@ -521,17 +523,11 @@ def verify(response, answer, verifier):
     (1.0, 1.0)
     """
     if verifier not in ("exact", "math"):
-        try:
-            reward = float(load_function(verifier)(response, answer))
-            if not 0 <= reward <= 1:  # or NaN
-                raise ValueError(f"it returned {reward}")
-            return reward
-        except Exception as error:
-            fail(verifier, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
-                 "a number in [0, 1]", "fix the function")
+        return verify_by_function(response, answer, verifier)
     if verifier == "exact":
         _, boxed, last = response.rpartition("\\boxed{")  # without a box, all of the response is `last`
-        return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + ("}" if boxed else r"\Z"), last)))
+        end = "}" if boxed else r"\Z"
+        return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + end, last)))
     import math_verify  # here, since it loads sympy, which 'exact' does not need
 
     gold = answer.rpartition("####")[2].strip()
@@ -789,6 +785,32 @@ def check_forward(policy):
              "choose another model")
 
 
+def verify_by_function(response, answer, name):
+    """The reward by your own function. name: 'path/to/file.py:function'."""
+    try:
+        reward = float(load_function(name)(response, answer))
+        if not 0 <= reward <= 1:  # or NaN
+            raise ValueError(f"it returned {reward}")
+        return reward
+    except Exception as error:
+        fail(name, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
+             "a number in [0, 1]", "fix the function")
+
+
+@cache
+def load_function(name):
+    """The function that 'path/to/file.py:function' names. Runs the file."""
+    path, _, function = name.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("verifier", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["verifier"] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return getattr(module, function)
+    except Exception as error:  # whatever the user's file raises
+        fail(name, f"no such verifier ({error!r})", "math, exact or path/to/file.py:function", "see --help")
+
+
 def load_tokenizer(name):
     try:
         folder = Path(name)
@@ -953,7 +975,7 @@ class Run:
             os.replace(self.part / "new.pt", self.part / "checkpoint.pt")
 
     def finish(self, policy, optimizer, tokenizer, state):
-        """Writes the policy and optimizer.pt and renames OUT.part to OUT. Exits with 130 if it was stopped."""
+        """Writes policy and optimizer.pt, renames OUT.part to OUT. A stopped run exits with 130 instead."""
         self.progress.close()
         if state.done < self.args.steps:
             if RANK == 0:
