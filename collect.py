@@ -561,7 +561,7 @@ def join_ranks(device):
     return device
 
 
-def leave_ranks(engine):
+def leave_ranks(engine="hf"):
     if WORLD > 1 and engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
 

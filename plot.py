@@ -18,9 +18,7 @@ Prints  a table: method, phase, prompts selected, selection seconds, training se
 
 import argparse
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -37,7 +35,6 @@ COLORS = {"cropi": "#c0392b", "influence": "#e59866", "full": "#34495e", "dapo":
 
 def fail(source, found, expected, hint):
     """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
     line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
     print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
     raise SystemExit(2)

@@ -16,9 +16,10 @@ Writes  --out       selected.npy: int64 [n], best first.
 
 The other methods are baselines for the same loop. full: all prompts; random: n of them; passrate: n at random
 of those with unequal rewards; learnability: of these, the n of highest p (1 - p), p the mean reward under
-beta, ties at random. Sketches stay on disk and are read in blocks of rows, so memory does not grow with N.
+beta, ties at random.
 
     python score.py --train train.npy --val val_a.npy val_b.npy --out selected.npy
+    python score.py --train train.npy --val val_a.npy val_b.npy --out selected.npy --alpha 0.03 --rrf-c 60
     python score.py --method learnability --rollouts train.pt --out selected.npy --seed 1
 """
 
@@ -26,7 +27,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -35,12 +35,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-FORMAT = 2  # of rollouts.pt and of the sketches' .json files
-MUST_MATCH = ("format", "policy", "seed", "keep", "dim", "rho_max")  # in the .json of compared sketches
-ROWS = 512  # of a sketch in memory at once
 
-
-# ---- the equations ----
+# ==== 1. The paper ==========================================================================================
 def selection_size(alpha, n_prompts):
     """n = floor(alpha N), exactly: alpha is a Fraction, so 0.29 of 100 is 29 (in floats it is 28.999...)."""
     return int(alpha * n_prompts)
@@ -56,6 +52,44 @@ def popi(sketches, norms, validation_means):
     return (sketches @ units.T / norms).masked_fill((norms == 0) | (lengths.T == 0), -torch.inf)
 
 
+def influence(train, validation):
+    """The scores U [N, V], float32, and the trust in each validation mean, from the paths of the sketches."""
+    means = []
+    trusts = {}
+    for path in validation:
+        check_match(path, train)
+        halves = torch.zeros(2, 1, dtype=torch.float64)  # sums of g~ at even and at odd indices: [2, dim]
+        norms = []
+        for sketches, row_norms in read_blocks(path):  # each block has an even number of rows, but the last
+            halves = halves + torch.stack([sketches[0::2].sum(0, dtype=torch.float64),
+                                           sketches[1::2].sum(0, dtype=torch.float64)])
+            norms.append(row_norms[:, 0])
+        norms = torch.cat(norms)
+        means.append(halves.sum(0) / len(norms))
+        trusts[str(path)] = trust(norms, halves)
+    means = torch.stack(means).float()  # [V, dim]
+    if not means.any():
+        fail(", ".join(validation), "zero mean gradients", "prompts with unequal rewards",
+             "use other validation prompts, or more responses to them")
+    scores = [popi(sketches, norms, means) for sketches, norms in read_blocks(train)]
+    return torch.cat(scores).numpy(), trusts
+
+
+def trust(norms, halves):
+    """How far the mean of a validation set can be trusted, from its sketches alone.
+
+    norms: [N]; halves: [2, dim], the sums of the sketches at even and at odd indices. effective_prompts: (sum
+    |g|^2)^2 / sum |g|^4 (Kish 1965), N for equal norms, 1 if one prompt is all that counts. All are 0 for a
+    set without a gradient.
+    """
+    squares = norms.double().square()
+    even, odd = halves.double()
+    found = {"effective_prompts": squares.sum() ** 2 / squares.square().sum(),
+             "top_five_share": squares.sort(descending=True).values[:5].sum() / squares.sum(),
+             "halves_cosine": even @ odd / (even.norm() * odd.norm())}
+    return {name: float(value.nan_to_num(0)) for name, value in found.items()}
+
+
 def reciprocal_rank_fusion(scores, n, c=0.0):
     """RRF(s0) = sum_v 1 / (c + rank_v(s0)) over each column's own top n. Returns float64 [N].
 
@@ -69,21 +103,8 @@ def reciprocal_rank_fusion(scores, n, c=0.0):
     for v, column in enumerate(scores.T):
         top = np.argsort(-column, kind="stable")[:min(n, np.isfinite(column).sum())]
         terms[top, v] = 1 / (c + np.arange(1, len(top) + 1))
-    return np.sort(terms, axis=1).sum(1)  # sorted, so that equal terms have bit-equal sums
-
-
-def trust(norms, halves):
-    """How far the mean of a validation set can be trusted, from its sketches alone.
-
-    norms: [N]; halves: [2, dim], the sums of the sketches at even and at odd indices. effective_prompts: (sum
-    |g|^2)^2 / sum |g|^4 (Kish 1965), N for equal norms, 1 if one prompt is all that counts. All are 0 for a
-    set without a gradient.
-    """
-    squares, (even, odd) = norms.double().square(), halves.double()
-    found = {"effective_prompts": squares.sum() ** 2 / squares.square().sum(),
-             "top_five_share": squares.sort(descending=True).values[:5].sum() / squares.sum(),
-             "halves_cosine": even @ odd / (even.norm() * odd.norm())}
-    return {name: float(value.nan_to_num(0)) for name, value in found.items()}
+    # float sums depend on the order: ranks (1, 2, 3) and (3, 2, 1) must tie, so add the smallest terms first
+    return np.sort(terms, axis=1).sum(1)
 
 
 def select(values, n):
@@ -94,8 +115,8 @@ def select(values, n):
 
 def select_baseline(method, rewards, n, seed):
     """full, random, passrate or learnability from the rewards [N, K] under beta. Returns int64 indices."""
-    rng, p = np.random.default_rng(seed), rewards.mean(1)
-    shuffled = rng.permutation(len(p))
+    p = rewards.mean(1)
+    shuffled = np.random.default_rng(seed).permutation(len(p))
     if method == "full":
         return np.arange(len(p))
     if method == "random":
@@ -106,56 +127,39 @@ def select_baseline(method, rewards, n, seed):
     return shuffled[select(learnability[shuffled], n)]
 
 
-# ---- files ----
-def fail(source, found, expected, hint):
-    """Reports wrong input in one line on stderr and exits with code 2."""
-    time.sleep(5 * (os.environ.get("RANK", "0") > "0"))  # torchrun ends this rank if rank 0 failed, too
-    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
-    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
-    raise SystemExit(2)
+def main():
+    args = parse_arguments()
+    n_prompts = count_prompts(args)
+    n = selection_size(args.alpha, n_prompts)
+    if n < 1:
+        fail("--alpha", f"{float(args.alpha)} of {n_prompts} prompts", "at least one prompt", "raise it")
+    with replacing(args.out) as file:
+        if args.method == "cropi":
+            scores, trusts = influence(args.train, args.val)  # [N, V]
+            selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
+        else:
+            selected = select_baseline(args.method, load_rewards(args.rollouts), n, args.seed)
+        if len(selected) == 0:
+            fail(args.train or args.rollouts, "no prompt with a reward variance", "one",
+                 "raise K in collect.py")
+        if args.method == "cropi":
+            report_trust(trusts, scores, selected)
+            write_scores(args.out, scores, trusts)
+        np.save(file, selected.astype(np.int64))
+    note = f" (fewer than floor(alpha N) = {n}: the others have no gradient)" if len(selected) < n else ""
+    print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{note}")
 
 
-def load_rewards(path):
-    """The rewards of a rollouts.pt of collect.py, float32 [N, K]."""
-    try:
-        rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
-        if rollouts["meta"]["format"] != FORMAT:
-            raise ValueError(f"format {rollouts['meta']['format']}")
-        return rollouts["rewards"].numpy()
-    except Exception as error:  # a damaged file can raise anything
-        fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
+# ==== 2. Faster, same numbers ===============================================================================
+# Sketches stay on disk and are read in blocks of rows, so that memory does not grow with N. Without this part
+# np.load(path) would be the only block.
+
+ROWS = 512  # of a sketch in memory at once: 64 MB with 32768 numbers each; even, as `influence` needs it
 
 
-@contextmanager
-def replacing(path):
-    """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path if path.is_dir() else part, "wb")  # opening a folder raises
-    except OSError as error:
-        fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
-    with file:
-        yield file
-    os.replace(part, path)
-
-
-def open_sketch(path):
-    """A sketch on disk (memory-mapped, [N, dim]) and its .json."""
-    try:
-        sketch = np.load(path, mmap_mode="r", allow_pickle=False)
-        sidecar = json.loads(Path(path).with_suffix(".json").read_text())
-        shape = sidecar["prompts"], sidecar["dim"]
-        if sidecar["format"] != FORMAT or sketch.dtype != np.float32 or sketch.shape != shape:
-            raise ValueError(f"format {sidecar['format']}, {sketch.dtype} {list(sketch.shape)}")
-        return sketch, {key: sidecar[key] for key in MUST_MATCH}
-    except Exception as error:  # missing, truncated, not .npy, a pickle, another .json
-        fail(path, f"no readable sketch ({error})", f"float32 [N, dim] and its .json of format {FORMAT}",
-             "make it with sketch.py")
-
-
-def blocks(sketch, path):
+def read_blocks(path):
     """Yields blocks of rows float32 [B, dim] and their norms [B, 1]; refuses NaN and infinity."""
+    sketch, _ = open_sketch(path)
     n, dim = sketch.shape
     for start in tqdm(range(0, n, ROWS), desc=f"score {path}", unit="block", delay=2):
         shape = min(ROWS, n - start), dim
@@ -169,44 +173,15 @@ def blocks(sketch, path):
         yield rows, norms
 
 
-def influence(train, validation):
-    """scores [N, V], float32, and the trust in each validation mean, from the paths of the sketches."""
-    sketch, expected = open_sketch(train)
-    means, trusts = [], {}
-    for path in validation:
-        other, found = open_sketch(path)
-        for key in MUST_MATCH:
-            if found[key] != expected[key]:
-                fail(path, f"{key} {found[key]}", f"{expected[key]} as in {train}", "sketch both alike")
-        halves, norms = 0, []
-        for rows, row_norms in blocks(other, path):  # of an even number of rows
-            halves = halves + torch.stack([rows[half::2].sum(0, dtype=torch.float64) for half in (0, 1)])
-            norms.append(row_norms[:, 0])
-        means.append(halves.sum(0) / len(other))
-        trusts[str(path)] = trust(torch.cat(norms), halves)
-    means = torch.stack(means).float()  # [V, dim]
-    if not means.any():
-        fail(", ".join(validation), "zero mean gradients", "prompts with unequal rewards",
-             "use other validation prompts, or more responses to them")
-    return torch.cat([popi(rows, norms, means) for rows, norms in blocks(sketch, train)]).numpy(), trusts
+# ==== 3. Files, resuming, bad input =========================================================================
+# The command line, sketches and rewards from disk, what is printed, one-line errors. There is nothing to
+# resume: a killed run is repeated. Nothing here changes a number.
+
+FORMAT = 2  # of rollouts.pt and of the sketches' .json files
+MUST_MATCH = ("format", "policy", "seed", "keep", "dim", "rho_max")  # in the .json of compared sketches
 
 
-def report(trusts, scores, selected):
-    """Adds to each set's trust the share of the selected with a positive cosine; one line per set."""
-    for v, (name, found) in enumerate(trusts.items()):
-        if found["effective_prompts"] == 0:
-            print(f"score.py: warning: {name}: no prompt with unequal rewards; only the other sets rank",
-                  file=sys.stderr)
-            continue
-        found["selected_positive"] = float((scores[selected, v] > 0).mean())
-        print(f"{name}:", ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
-        if found["effective_prompts"] < 10 or found["halves_cosine"] < 0.1:
-            print(f"score.py: warning: {name}: a few prompts decide the mean; use more responses or prompts "
-                  "or --rho-max of sketch.py", file=sys.stderr)
-
-
-# ---- the command line ----
-def main():
+def parse_arguments():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--method", default="cropi", help="how prompts are selected (cropi)",
@@ -226,32 +201,97 @@ def main():
     if not (0 < args.alpha <= 1 and args.rrf_c >= 0):
         fail("--alpha, --rrf-c", f"{float(args.alpha)}, {args.rrf_c}", "0 < alpha <= 1, rrf-c >= 0",
              "the paper's alpha is 0.1")
+    return args
 
-    rewards = None if args.method == "cropi" else load_rewards(args.rollouts)
-    n_prompts = len(open_sketch(args.train)[0] if rewards is None else rewards)
-    n = selection_size(args.alpha, n_prompts)
-    if n < 1:
-        fail("--alpha", f"{float(args.alpha)} of {n_prompts} prompts", "at least one prompt", "raise it")
+
+def count_prompts(args):
+    """N of the sketch or of the rollouts to select from."""
+    if args.method == "cropi":
+        sketch, _ = open_sketch(args.train)
+        return len(sketch)
+    rewards = load_rewards(args.rollouts)
     if args.method in ("passrate", "learnability") and rewards.shape[1] < 2:
         fail(args.rollouts, f"K = {rewards.shape[1]}", "K >= 2", "raise --k of collect.py")
-    with replacing(args.out) as file:
-        if args.method == "cropi":
-            scores, trusts = influence(args.train, args.val)
-            selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
-        else:
-            selected = select_baseline(args.method, rewards, n, args.seed)
-        if len(selected) == 0:
-            source = args.train if rewards is None else args.rollouts
-            fail(source, "no prompt with a reward variance", "one", "raise K in collect.py")
-        if args.method == "cropi":
-            report(trusts, scores, selected)
-            with replacing(args.out.with_name("scores.npy")) as scores_file:
-                np.save(scores_file, scores)
-            with replacing(args.out.with_name("scores.json")) as trust_file:
-                trust_file.write(json.dumps(trusts, indent=1).encode())
-        np.save(file, selected.astype(np.int64))
-    note = f" (fewer than floor(alpha N) = {n}: the others have no gradient)" if len(selected) < n else ""
-    print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{note}")
+    return len(rewards)
+
+
+def load_rewards(path):
+    """The rewards of a rollouts.pt of collect.py, float32 [N, K]."""
+    try:
+        rollouts = torch.load(path, weights_only=True, mmap=True)  # refuses a pickle that would run code
+        if rollouts["meta"]["format"] != FORMAT:
+            raise ValueError(f"format {rollouts['meta']['format']}")
+        return rollouts["rewards"].numpy()
+    except Exception as error:  # a damaged file can raise anything
+        fail(path, f"no readable rollouts ({error!r})", f"a rollouts.pt of format {FORMAT}", "collect again")
+
+
+def open_sketch(path):
+    """A sketch on disk (memory-mapped, [N, dim]) and what must match in its .json."""
+    try:
+        sketch = np.load(path, mmap_mode="r", allow_pickle=False)
+        sidecar = json.loads(Path(path).with_suffix(".json").read_text())
+        shape = sidecar["prompts"], sidecar["dim"]
+        if sidecar["format"] != FORMAT or sketch.dtype != np.float32 or sketch.shape != shape:
+            raise ValueError(f"format {sidecar['format']}, {sketch.dtype} {list(sketch.shape)}")
+        return sketch, {key: sidecar[key] for key in MUST_MATCH}
+    except Exception as error:  # missing, truncated, not .npy, a pickle, another .json
+        fail(path, f"no readable sketch ({error})", f"float32 [N, dim] and its .json of format {FORMAT}",
+             "make it with sketch.py")
+
+
+def check_match(path, train):
+    """Refuses a validation sketch of another policy or projection than that of the train prompts."""
+    _, found = open_sketch(path)
+    _, expected = open_sketch(train)
+    for key in MUST_MATCH:
+        if found[key] != expected[key]:
+            fail(path, f"{key} {found[key]}", f"{expected[key]} as in {train}", "sketch both alike")
+
+
+def report_trust(trusts, scores, selected):
+    """Adds to each set's trust the share of the selected with a positive cosine; one line per set."""
+    for v, (name, found) in enumerate(trusts.items()):
+        if found["effective_prompts"] == 0:
+            print(f"score.py: warning: {name}: no prompt with unequal rewards; only the other sets rank",
+                  file=sys.stderr)
+            continue
+        found["selected_positive"] = float((scores[selected, v] > 0).mean())
+        print(f"{name}:", ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
+        if found["effective_prompts"] < 10 or found["halves_cosine"] < 0.1:
+            print(f"score.py: warning: {name}: a few prompts decide the mean; use more responses or prompts "
+                  "or --rho-max of sketch.py", file=sys.stderr)
+
+
+def write_scores(out, scores, trusts):
+    """Writes scores.npy and scores.json beside `out`."""
+    with replacing(out.with_name("scores.npy")) as file:
+        np.save(file, scores)
+    with replacing(out.with_name("scores.json")) as file:
+        file.write(json.dumps(trusts, indent=1).encode())
+
+
+@contextmanager
+def replacing(path):
+    """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("a folder has this name")
+        file = open(part, "wb")
+    except OSError as error:
+        fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    with file:
+        yield file
+    os.replace(part, path)
+
+
+def fail(source, found, expected, hint):
+    """Reports wrong input in one line on stderr and exits with code 2."""
+    line = f"{Path(sys.argv[0]).name}: error: {source}: found {found}; expected {expected}; {hint}"
+    print(" ".join(line.split()), file=sys.stderr)  # an exception's text may have several lines
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

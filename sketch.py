@@ -674,8 +674,8 @@ def join_ranks(device):
     return device
 
 
-def leave_ranks():
-    if WORLD > 1:
+def leave_ranks(engine="hf"):
+    if WORLD > 1 and engine == "hf":  # vLLM does it itself
         torch.distributed.destroy_process_group()
 
 

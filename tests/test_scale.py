@@ -90,7 +90,7 @@ def test_two_processes_sketch_the_same_bytes(micro_run, world, tmp_path):
 
 
 def test_a_micro_batch_bounds_the_logits():
-    """Qwen2.5-7B's 152,064 tokens, 16 responses of 60 tokens, 150 per micro-batch: at most 150 rows of logits."""
+    """Qwen2.5-7B's 152,064 tokens, 16 responses of 60 tokens, 150 per micro-batch: at most 150 logit rows."""
     vocabulary, budget, generator = 152064, 150, torch.Generator().manual_seed(0)
     policy = tiny_qwen(tied=True, vocab=vocabulary)
     prompts = [torch.randint(9, vocabulary, (3,), generator=generator).tolist() for _ in range(2)]
@@ -108,9 +108,9 @@ def test_a_micro_batch_bounds_the_logits():
     for (i,), n in sketch.plan_batches({0: (3, 60), 1: (3, 60)}, 8, budget):
         for first in range(0, 8, n):
             own = responses[i * 8 + first:i * 8 + first + n]
-            batch = [sketch.Trajectories(prompts[i], own, [torch.zeros(60)] * n, advantages[i, first:first + n],
-                                         8, 1.0)]
-            sketch.sketch_prompts(policy, projection, batch)
+            tau = sketch.Trajectories(prompts[i], own, [torch.zeros(60)] * n,
+                                      advantages[i, first:first + n], 8, 1.0)
+            sketch.sketch_prompts(policy, projection, [tau])
     for rows in (trained, made):
         assert sum(rows) >= 16 * 59 and max(rows) <= budget and len(rows) > 8
 
