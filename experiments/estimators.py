@@ -76,14 +76,14 @@ def main():
             out = phase / f"fresh-{Path(arguments[place]).name}"
             sample(model, meta["data"], out, meta["k"], meta, seed)
             arguments[place] = str(out)
-    make_sketcher = sketch.make_sketcher
+    choose_sketcher = sketch.choose_sketcher
 
-    def make(policy, projection):
-        sketcher = make_sketcher(policy, projection)  # its trial is of the equation
+    def choose(policy, projection):
+        sketcher = choose_sketcher(policy, projection)  # its trial is of the equation
         sketch.off_policy_surrogate = SURROGATES.get(estimator, EQUATION)
         return sketcher
 
-    sketch.make_sketcher = make
+    sketch.choose_sketcher = choose
     sketch.main()
 
 

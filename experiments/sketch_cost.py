@@ -24,6 +24,7 @@ reason.
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -83,15 +84,20 @@ def prompts_with_variance(path):
     return (sketch.load_rollouts(path)["rewards"].std(1) > 0).nonzero()[:, 0].tolist()
 
 
-def row_hidden(base_model, prompts, responses):
-    """What group_hidden returns, from one ordinary forward pass over rows of a prompt and a response."""
+def row_logits(policy, prompts, responses):
+    """What response_logits returns, from one ordinary forward pass over rows of a prompt and a response.
+
+    Only the states before response tokens go through the output layer.
+    """
     pad = torch.nn.utils.rnn.pad_sequence
     rows = pad([torch.cat([p, r]).long() for p, r in zip(prompts, responses)], batch_first=True)  # [B, T]
-    hidden, steps = base_model(rows, use_cache=False)[0], torch.arange(max(map(len, responses)))
+    hidden = policy.base_model(rows, use_cache=False)[0]
+    steps = torch.arange(max(map(len, responses)))
     places = torch.tensor([len(p) - 1 for p in prompts])[:, None] + steps  # the states before each token
     hidden = hidden[torch.arange(len(rows))[:, None], places.clamp(max=rows.shape[1] - 1)]  # [B, R, H]
     mask = steps < torch.tensor([len(r) for r in responses])[:, None]
-    return hidden, pad([r.long() for r in responses], batch_first=True), mask
+    targets = pad([r.long() for r in responses], batch_first=True)
+    return policy.get_output_embeddings()(hidden).float(), targets, mask
 
 
 def floor(policy, path, batch_tokens, shared):
@@ -110,11 +116,11 @@ def floor(policy, path, batch_tokens, shared):
             rows = [(i, i * k + j) for i in batch for j in range(first, min(first + at_once, k))]
             texts, places = [responses[row] for _, row in rows], [row for _, row in rows]
             if shared:
-                found = sketch.group_hidden(policy.base_model, [prompts[i] for i in batch], texts)
+                found = sketch.response_logits(policy, [prompts[i] for i in batch], texts, 1.0)
             else:
-                found = row_hidden(policy.base_model, [prompts[i] for i, _ in rows], texts)
-            hidden, targets, mask = found
-            logp = sketch.token_logprobs(sketch.output_logits(policy, hidden, 1.0), targets, mask)
+                found = row_logits(policy, [prompts[i] for i, _ in rows], texts)
+            logits, targets, mask = found
+            logp = sketch.token_logprobs(logits, targets, mask)
             beta = torch.cat([rollouts["logprobs"][row] for row in places])
             beta = torch.zeros_like(logp).masked_scatter_(mask, beta)
             sketch.off_policy_surrogate(logp, beta, advantages.flatten()[places], mask, k).backward()
@@ -130,12 +136,13 @@ def projection(dim):
 def sketching(policy, path, dim, batch_tokens, folder):
     """Seconds of sketch.py's work at a loaded policy, files included, and of these the trial's."""
     began = time.perf_counter()
-    sketcher = sketch.make_sketcher(policy, projection(dim))
+    sketcher = sketch.choose_sketcher(policy, projection(dim))
     trial = time.perf_counter() - began
-    assert sketcher.batched
+    assert sketcher.func is sketch.sketch_prompts
     identity = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim, "rho_max": "inf"}
-    sketch.sketch_file(sketcher, path, folder / "sketch.npy", identity, batch_tokens)
-    sketcher.close()
+    args = argparse.Namespace(rollouts=[path], out=[folder / "sketch.npy"], candidates=1, rho_max=math.inf,
+                              batch_tokens=batch_tokens, model="")
+    sketch.sketch_file(args, sketcher, identity, 0)
     seconds = time.perf_counter() - began
     for parts in folder.glob("sketch.npy.*.parts"):
         shutil.rmtree(parts)  # or the next round would resume from them

@@ -4,8 +4,8 @@ For each share `keep` of kept coordinates and each projection: the overlap betwe
 sketches with a validation set's mean and the top 10% by cosine of full float32 gradients, among prompts with
 reward variance. It is averaged over the validation sets; then mean and spread over seeds of the projection
 are reported. 1 is perfect, 0.1 is chance. The correlation of the two cosines is reported, too. All gradients
-are those of sketch.py's Sketcher at the base policy in float32. SmolLM2's are stored as bfloat16; both the
-exact cosines and the sketches are computed from the stored values.
+are sketch.py's, at the base policy in float32. SmolLM2's are stored as bfloat16; both the exact cosines and
+the sketches are computed from the stored values.
 
 sjlt          sketch.py's Projection
 rademacher    a dense projection with random signs, where kept coordinates x dim stay below --dense-numbers
@@ -125,28 +125,25 @@ def prompts_with_variance(path, limit):
 
 
 def gradients_of(policy, rollouts, prompts, projection, chosen=None, batch_tokens=1024):
-    """Yields (places in `prompts`, sketches) per batch, from sketch.py's Sketcher with the given projection.
+    """Yields (places in `prompts`, sketches) per batch, from sketch_prompts with the given projection.
 
     prompts: those with reward variance. chosen: a range of each prompt's K responses to use instead of all.
     """
-    k, responses, logprobs = rollouts["meta"]["k"], rollouts["responses"], rollouts["logprobs"]
+    k = rollouts["meta"]["k"]
     chosen = chosen or range(k)
-    advantages = sketch.group_advantage(rollouts["rewards"][:, chosen])
+    advantages = torch.zeros(rollouts["rewards"].shape)
+    advantages[:, chosen] = sketch.group_advantage(rollouts["rewards"][:, chosen])
     longest = rollouts["response_lengths"].view(-1, k)[:, chosen].amax(1).tolist()
-    sketcher = sketch.Sketcher(policy, projection)
     places = {prompt: place for place, prompt in enumerate(prompts)}
-    assert sketcher.batched
     sizes = {i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}
     plan = sketch.plan_batches(sizes, len(chosen), batch_tokens)
     for batch, at_once in tqdm(plan, desc="gradients", unit="batch"):
         for first in range(0, len(chosen), at_once):
-            some = chosen[first:first + at_once]
-            rows = [i * k + j for i in batch for j in some]
-            yield [places[i] for i in batch], sketch.sketch_batch(
-                sketcher, [rollouts["prompts"][i] for i in batch], [responses[r] for r in rows],
-                [logprobs[r] for r in rows], advantages[batch][:, first:first + at_once].flatten(),
-                len(chosen), rollouts["meta"]["temperature"])
-    sketcher.close()
+            some = torch.tensor(chosen[first:first + at_once])
+            taus = [sketch.select_trajectories(rollouts, advantages, i, some) for i in batch]
+            for tau in taus:
+                tau.k = len(chosen)
+            yield [places[i] for i in batch], sketch.sketch_prompts(policy, projection, taus)[0]
 
 
 def full_gradients(policy, path, prompts, dtype=torch.float32):

@@ -52,22 +52,26 @@ def ours(model, rollouts, tokenizer, steps, micro):
     """Our steps: [(sampled tokens, {part: seconds})]. micro: tokens per micro-batch."""
     args = argparse.Namespace(engine="hf", kv_tokens=65536, batch_tokens=micro, kl_coef=KL,
                               entropy_coef=ENTROPY, max_grad_norm=1.0, batch_size=PROMPTS, group=GROUP,
+                              dtype="float32",
                               train_temperature=rollouts["meta"]["temperature"], dynamic_sampling=False,
                               token_mean=False, seed=0)
     policy, reference = (train_grpo.load_policy(model, "cpu", "float32") for _ in range(2))
-    sampler, position = train_grpo.Sampler(args, tokenizer, [rollouts]), 0
+    sampler, state = train_grpo.Sampler(args, "cpu", tokenizer, [rollouts]), train_grpo.State()
     sampler.update(policy)
     optimizer, found = torch.optim.AdamW(policy.parameters(), lr=LR), []
     clock, originals, part = {}, {}, "log-probs of the reference"
-    for name in ("group_hidden", "output_logits", "token_logprobs"):
+    for name in ("response_logits", "token_logprobs"):
         originals[name] = getattr(train_grpo, name)
         setattr(train_grpo, name, timed(originals[name], clock, part, without_gradient))
     for step in range(steps):
         began, clock[part] = time.perf_counter(), 0.0
-        groups, position, row = train_grpo.sample_groups(
-            sampler, rollouts, range(len(rollouts["prompts"])), position, step, args)
+        state.step = step
+        pool = range(len(rollouts["prompts"]))
+        groups, row = train_grpo.sample_groups(sampler, rollouts, pool, state, args)
         sampled = time.perf_counter()
-        train_grpo.grpo_step(policy, reference, optimizer, *groups, args)
+        for group in groups:
+            group.advantages = train_grpo.group_advantage(torch.tensor(group.rewards))
+        train_grpo.grpo_step(policy, reference, optimizer, groups, args)
         ended = time.perf_counter()
         seconds = {"step": ended - began, "sampling and verifying": sampled - began, **clock}
         found.append((row["tokens"], seconds))
