@@ -172,11 +172,13 @@ def grpo_step(policy, reference, optimizer, groups, args):
             logits, targets, mask = response_logits(policy, prompts, chosen, args.train_temperature)
         logp = token_logprobs(logits, targets, mask)  # [b * n, R]
         entropy = token_entropy(logits, mask)
+        del logits  # the largest tensor, V numbers per token: its memory is for the reference's
         logp_ref = logp.detach()  # without a reference, k3 and its gradient are 0
         if reference:
             with torch.no_grad(), mixed_precision(reference, args.dtype):
                 logits, _, _ = response_logits(reference, prompts, chosen, args.train_temperature)
                 logp_ref = token_logprobs(logits, targets, mask)
+                del logits
         advantages = torch.cat([group.advantages for group in batch]).to(policy.device)  # [b * n]
         objective = grpo_objective(logp, logp.detach(), logp_ref, entropy, advantages, mask, CLIP,
                                    args.kl_coef, args.entropy_coef)  # [b * n]

@@ -45,4 +45,4 @@ KL_COEF=${KL_COEF:-0.001} ENTROPY_COEF=${ENTROPY_COEF:-0.001}
 EVAL_EVERY=${EVAL_EVERY:-50} SAVE_EVERY=${SAVE_EVERY:-25}
 DTYPE=${DTYPE:-bfloat16}
 KV_TOKENS=${KV_TOKENS:-400000}     # 23 GB of vLLM's KV cache on each GPU
-BATCH_TOKENS=${BATCH_TOKENS:-4096}  # 26 GB of activations; 8192 would not fit into 80 GB
+BATCH_TOKENS=${BATCH_TOKENS:-4096}  # 26 GB of activations, 15 GB of logits; 8192 would not fit into 80 GB

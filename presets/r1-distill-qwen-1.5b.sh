@@ -44,4 +44,4 @@ KL_COEF=${KL_COEF:-0.001} ENTROPY_COEF=${ENTROPY_COEF:-0.001}
 EVAL_EVERY=${EVAL_EVERY:-50} SAVE_EVERY=${SAVE_EVERY:-25}
 DTYPE=${DTYPE:-bfloat16}
 KV_TOKENS=${KV_TOKENS:-1000000}    # 29 GB of vLLM's KV cache on each GPU
-BATCH_TOKENS=${BATCH_TOKENS:-8192}  # with 16384, activations (47 GB) and logits (25 GB) would fill 80 GB
+BATCH_TOKENS=${BATCH_TOKENS:-8192}  # activations 24 GB, logits 30 GB; with 16384, twice that, it would not fit
