@@ -88,15 +88,16 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     logprobs = [[] for _ in range(len(mask))]
     for t in range(max_new_tokens):
         logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [active, V]
-        if temperature:
+        if temperature:  # invert the cumulative distribution, whose last value is 1 up to rounding
             cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             u = uniforms[active, t, None] * cdf[:, -1:]  # [active, 1]
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
-        else:
+        else:  # greedy decoding, for test sets
             token = logp.argmax(-1, keepdim=True)  # [active, 1]
-        for row, x, logp_x in zip(active.tolist(), token.tolist(), logp.gather(1, token).tolist()):
-            responses[row] += x
-            logprobs[row] += logp_x
+        logp_token = logp.gather(1, token)
+        for row, x, logp_x in zip(active.tolist(), token[:, 0].tolist(), logp_token[:, 0].tolist()):
+            responses[row].append(x)
+            logprobs[row].append(logp_x)
         unfinished = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
         if len(unfinished) == 0 or t + 1 == max_new_tokens:
             break
@@ -116,8 +117,8 @@ def verify(response, answer, verifier):
 
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
-    'math': math-verify compares the last expression with the answer as mathematics: 1/2 = 0.5, and 3 - 2 + 4
-    = 5, so a policy may repeat a sum of the prompt. Of an answer with '####' (GSM8K), what follows counts.
+    'math': math-verify compares the last expression with the answer as mathematics: 1/2 is 0.5, but 3 - 2 +
+    4, copied from the prompt, is 5, too. Of an answer with '####' (GSM8K), what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
@@ -137,19 +138,19 @@ def verify(response, answer, verifier):
 
 
 def stream_seed(*key):
-    """A seed for torch.Generator from any key: every use of random numbers gets a stream of its own."""
+    """A seed for torch.Generator from any key, so that each use of random numbers has its own stream."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
 def collect_file(args, tokenizer, policy, examples, out):
-    """Samples and verifies K responses to each of N prompts (Examples) and writes one rollouts.pt."""
+    """Samples and verifies K responses to each of the N prompts in `examples`; writes one rollouts.pt."""
     eos_ids = end_tokens(args.model, tokenizer)
     sample_engine = ENGINES[args.engine]  # `sample` or, the same with vLLM, `sample_vllm`
 
     def sample_batch(batch):
         """{prompt: (tokens, lengths [K], log-probs, rewards [K])} of some prompts, given by their index."""
         prompts = [examples.prompts[i] for i in batch]
-        seeds = [stream_seed(args.seed, i) for i in batch]  # a prompt's responses depend on (--seed, i) only
+        seeds = [stream_seed(args.seed, i) for i in batch]  # of --seed and the prompt's index in the file
         responses, logprobs = sample_engine(policy, prompts, args.k, args.temperature, args.max_new_tokens,
                                             eos_ids, seeds)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -175,11 +176,11 @@ def main():
     args = parse_arguments()
     device = join_ranks(args.device)
     tokenizer = load_tokenizer(args.model)
-    pools = [args.data] if len(args.out) == 1 else [[source] for source in args.data]
-    examples = [read_examples(args, tokenizer, sources) for sources in pools]  # bad data fails before work
-    policy = load_engine(args, device, examples)
-    for of_file, out in zip(examples, args.out):
-        collect_file(args, tokenizer, policy, of_file, out)
+    pools = [args.data] if len(args.out) == 1 else [[source] for source in args.data]  # one for each --out
+    data = [read_examples(args, tokenizer, sources) for sources in pools]  # bad data fails before any work
+    policy = load_engine(args, device, data)
+    for examples, out in zip(data, args.out):
+        collect_file(args, tokenizer, policy, examples, out)
     remove_parts(args.out)
     leave_ranks(args.engine)
 
@@ -232,13 +233,13 @@ def sample_vllm(llm, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
 ENGINES = {"hf": sample, "vllm": sample_vllm}
 
 
-def load_engine(args, device, examples):
+def load_engine(args, device, data):
     """The policy, as the engine takes it: a transformers model or vLLM's engine; None for --k 0."""
     if args.k == 0:
         return None
     if args.engine == "hf":
         return load_policy(args.model, device, args.dtype)
-    longest = max(len(prompt) for of_file in examples for prompt in of_file.prompts)
+    longest = max(len(prompt) for examples in data for prompt in examples.prompts)
     return load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
 
 

@@ -4,8 +4,8 @@
     RRF(s0) = sum_v 1 / (c + rank_v(s0))                       reciprocal rank fusion, over each set's top n
     D       = the n = floor(alpha N) prompts of highest RRF    selection; ties by index
 
-A prompt whose rewards are all equal has a zero gradient: it scores -inf and is never selected. So a selection
-can be shorter than n; the line that the script prints says so.
+A zero row has no direction: it scores -inf and is never selected. It is of a prompt whose rewards are all
+equal, or that was no candidate in sketch.py. So a selection can be shorter than n, which is printed.
 
 Reads   --train     sketch .npy [N, dim] of the train prompts and the .json beside it, from sketch.py.
         --val       sketches of the validation sets, of the same policy and projection by their .json.
@@ -49,22 +49,20 @@ def popi(sketches, norms, validation_means):
     """
     lengths = validation_means.norm(dim=1, keepdim=True)  # [V, 1]
     units = validation_means / lengths
+    # 0 / 0 is NaN, and masked
     return (sketches @ units.T / norms).masked_fill((norms == 0) | (lengths.T == 0), -torch.inf)
 
 
 def influence(train, validation):
-    """The scores U [N, V], float32, and the trust in each validation mean, from the paths of the sketches."""
+    """The scores U [N, V], float32, and the trust in each validation mean.
+
+    train: path of the train prompts' sketch; validation: paths of V sketches.
+    """
     means = []
     trusts = {}
     for path in validation:
         check_match(path, train)
-        halves = torch.zeros(2, 1, dtype=torch.float64)  # sums of g~ at even and at odd indices: [2, dim]
-        norms = []
-        for sketches, row_norms in read_blocks(path):  # each block has an even number of rows, but the last
-            halves = halves + torch.stack([sketches[0::2].sum(0, dtype=torch.float64),
-                                           sketches[1::2].sum(0, dtype=torch.float64)])
-            norms.append(row_norms[:, 0])
-        norms = torch.cat(norms)
+        norms, halves = read_sums(path)  # |g~| [N]; sums of g~ over even and over odd indices [2, dim]
         means.append(halves.sum(0) / len(norms))
         trusts[str(path)] = trust(norms, halves)
     means = torch.stack(means).float()  # [V, dim]
@@ -96,8 +94,8 @@ def reciprocal_rank_fusion(scores, n, c=0.0):
     scores: [N, V]. Ranks start at 1, ties go by index, -inf has no rank; 0 for a prompt in no top n. Source:
     Cormack et al. 2009, with c = 60; the release of CROPI's authors has c = 0.
 
-    >>> reciprocal_rank_fusion(np.array([[.1, .9], [.5, .2], [.3, .3]]), n=2).tolist()
-    [1.0, 1.0, 1.0]
+    >>> reciprocal_rank_fusion(np.array([[.1, .9], [.5, .2], [.6, .3]]), n=2).tolist()
+    [1.0, 0.5, 1.5]
     """
     terms = np.zeros(scores.shape)
     for v, column in enumerate(scores.T):
@@ -154,7 +152,7 @@ def main():
 # Sketches stay on disk and are read in blocks of rows, so that memory does not grow with N. Without this part
 # np.load(path) would be the only block.
 
-ROWS = 512  # of a sketch in memory at once: 64 MB with 32768 numbers each; even, as `influence` needs it
+ROWS = 512  # of a sketch in memory at once: 64 MB with 32768 numbers each; even, for read_sums
 
 
 def read_blocks(path):
@@ -171,6 +169,18 @@ def read_blocks(path):
             fail(path, f"NaN or infinity in row {start + int(finite.int().argmin())}", "finite numbers",
                  "check whether the policy diverged, then sketch again")
         yield rows, norms
+
+
+def read_sums(path):
+    """Norms [N] of a sketch's rows, and the sums of its rows at even and at odd indices, float64 [2, dim]."""
+    norms = []
+    halves = 0
+    for sketches, row_norms in read_blocks(path):  # blocks begin at even indices, since ROWS is even
+        even = sketches[0::2].sum(0, dtype=torch.float64)
+        odd = sketches[1::2].sum(0, dtype=torch.float64)
+        halves = halves + torch.stack([even, odd])
+        norms.append(row_norms[:, 0])
+    return torch.cat(norms), halves
 
 
 # ==== 3. Files, resuming, bad input =========================================================================

@@ -10,10 +10,11 @@ and no KL term. drop keeps each coordinate of the gradient with probability --ke
 parameters and the same for every prompt. P maps the kept ones to --dim numbers, so that dot products of
 sketches are unbiased estimates of dot products of gradients.
 
-Reads   --model      the current policy theta; --rollouts: one or more rollouts.pt of collect.py.
-Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt. A row is zero where all
-                     rewards are equal and, in the first file (the train prompts), for all but a share of
-                     --candidates. The .json beside it has what must match before two sketches are compared.
+Reads   --model      the current policy theta
+        --rollouts   rollouts.pt of collect.py, the train prompts' first; their meta has the temperature
+Writes  --out        a sketch for each: float32 .npy [N, dim], a row per prompt, zero for equal rewards. With
+                     --candidates 1/3 only a random third of the train prompts is sketched; the other
+                     rows are zero, too. The .json beside it has what must match before two are compared.
 
     python sketch.py --model runs/toy/world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     python sketch.py --model POLICY --rollouts train.pt --out train.npy --rho-max 2 --candidates 1/3
@@ -58,7 +59,7 @@ def group_advantage(rewards):
             [ 0.0000,  0.0000]])
     """
     advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
-    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # std R may be rounding
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # std R can be rounding, not 0
     return advantages.masked_fill(equal, 0)
 
 
@@ -68,16 +69,16 @@ def token_ratio(logp, logp_beta):
 
 
 def off_policy_surrogate(logp, logp_beta, advantages, mask, k, rho_max=math.inf):
-    """The scalar whose gradient is g: sum over rows of 1/K 1/|tau_k| sum_t rho_{k,t} A_k.
+    """The scalar whose gradient is g (of several prompts: the sum of their g).
 
-    logp, logp_beta: [B, T], one trajectory per row; rows may be of different prompts. advantages: [B]. mask:
-    bool [B, T], True where a token exists. k: K, even if not all of a prompt's K trajectories are in the
-    batch. rho_max: c; a token contributes min(rho, c) grad log pi A_k, which is grad rho A_k for c = inf
-    (truncated importance weights: Ionides 2008; IMPALA, Espeholt et al. 2018).
+    It is the sum over rows of 1/K 1/|tau_k| sum_t rho_{k,t} A_k. logp, logp_beta: [B, T], one trajectory per
+    row. advantages: [B]. mask: bool [B, T], True where a token exists. k: K, even if the batch does not have
+    all K trajectories of a prompt. rho_max: a token contributes min(rho, rho_max) A_k grad log pi; this is
+    A_k grad rho if rho_max is infinite (truncated importance weights: Ionides 2008; Espeholt et al. 2018).
     """
     ratio = token_ratio(logp, logp_beta)
-    ratio = ratio * (rho_max / ratio.detach()).clamp(max=1)  # min(rho, c); its gradient has this weight, too
-    per_token = ratio * advantages[:, None]  # [B, T]
+    weight = (rho_max / ratio.detach()).clamp(max=1)  # a constant: grad (weight rho) = min(..) grad log pi
+    per_token = weight * ratio * advantages[:, None]  # [B, T]
     return ((per_token * mask).sum(1) / mask.sum(1)).sum() / k
 
 
@@ -103,7 +104,7 @@ def response_logits(policy, prompts, responses, temperature):
     targets, mask = pad(responses, "right", policy.device)  # [b * n, R]
     if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
-        inputs = targets[:, :-1]  # each is followed by the next token
+        inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]; what follows padding is masked
         exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
         positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
         later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
@@ -127,7 +128,7 @@ def token_logprobs(logits, targets, mask):
 
 @dataclass
 class Trajectories:
-    """n of the K responses to one prompt that were sampled from beta."""
+    """n of the K trajectories of one prompt, sampled from beta; n < K if all are too many for one pass."""
 
     prompt: torch.Tensor  # token ids [|s0|]
     responses: list  # n tensors of token ids, [|tau_k|] each
@@ -139,24 +140,22 @@ class Trajectories:
 
 def batch_surrogate(policy, batch, rho_max):
     """off_policy_surrogate of b prompts (each with n responses), and log rho of the tokens [tokens]."""
-    responses = []
-    logp_beta = []
-    for tau in batch:
-        responses += tau.responses
-        logp_beta += tau.logp_beta
-    advantages = torch.cat([tau.advantages for tau in batch]).to(policy.device)  # [b * n]
+    prompts = [group.prompt for group in batch]
+    responses = sum([group.responses for group in batch], [])  # b * n
+    logp_beta = sum([group.logp_beta for group in batch], [])  # b * n
     logp_beta = pad_sequence(logp_beta, batch_first=True).to(policy.device)  # [b * n, R]
-    prompts = [tau.prompt for tau in batch]
+    advantages = torch.cat([group.advantages for group in batch]).to(policy.device)  # [b * n]
     logits, targets, mask = response_logits(policy, prompts, responses, batch[0].temperature)
     logp = token_logprobs(logits, targets, mask)  # [b * n, R]
     surrogate = off_policy_surrogate(logp, logp_beta, advantages, mask, batch[0].k, rho_max)
     return surrogate, (logp.detach() - logp_beta)[mask]
 
 
-def prompt_gradient(policy, tau, rho_max=math.inf):
+def prompt_gradient(policy, group, rho_max=math.inf):
     """g(s0) by plain autograd, {parameter name: gradient}, and log rho of the tokens [tokens]."""
-    parameters = dict(policy.requires_grad_(True).named_parameters())  # a tied weight once, with all its uses
-    surrogate, log_ratio = batch_surrogate(policy, [tau], rho_max)
+    # all parameters; a tied weight is named once, and autograd sums the gradients of its uses
+    parameters = dict(policy.requires_grad_(True).named_parameters())
+    surrogate, log_ratio = batch_surrogate(policy, [group], rho_max)
     gradients = torch.autograd.grad(surrogate, parameters.values(), allow_unused=True)
     used = {name: gradient for name, gradient in zip(parameters, gradients) if gradient is not None}
     return used, log_ratio
@@ -167,13 +166,13 @@ def kept_coordinates(numel, keep, generator):
     if keep == 1:
         return torch.arange(numel)
     draws = int(numel * keep + 10 * (numel * keep) ** 0.5 + 10)  # ten standard deviations above the mean
-    gaps = torch.empty(draws, dtype=torch.float64).geometric_(keep, generator=generator)  # between kept ones
+    gaps = torch.empty(draws, dtype=torch.float64).geometric_(keep, generator=generator)  # >= 1, to the next
     kept = gaps.cumsum(0).long() - 1
     return kept[kept < numel]
 
 
 def stream_seed(*key):
-    """A seed for torch.Generator from any key: every use of random numbers gets a stream of its own."""
+    """A seed for torch.Generator from any key, so that each use of random numbers has its own stream."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
@@ -218,9 +217,9 @@ class Projection:
         return (sums[:, :self.dim] - sums[:, self.dim:]) / self.keep**0.5
 
 
-def sketch_prompt(policy, projection, tau, rho_max=math.inf):
+def sketch_prompt(policy, projection, group, rho_max=math.inf):
     """g~(s0) [dim], and log rho of the tokens [tokens]."""
-    gradient, log_ratio = prompt_gradient(policy, tau, rho_max)
+    gradient, log_ratio = prompt_gradient(policy, group, rho_max)
     sums = projection.zeros(1)
     for name, part in gradient.items():
         projection.add(name, part[None].float(), sums)
@@ -230,14 +229,14 @@ def sketch_prompt(policy, projection, tau, rho_max=math.inf):
 def sketch_file(args, sketcher, identity, number):
     """Sketches --rollouts file `number`. Row i of its --out is g~ of prompt i, zero where rewards are equal.
 
-    sketcher: from choose_sketcher. identity: policy and projection, for the .json and the candidates' seed.
+    sketcher: (list of b Trajectories, rho_max) -> g~ [b, dim], log rho. identity: for the .json.
     """
     began = time.perf_counter()
     rollouts = load_rollouts(args.rollouts[number])
     rewards = rollouts["rewards"]  # [N, K]
     advantages = group_advantage(rewards)  # [N, K]
     share = args.candidates if number == 0 else 1  # the first file has the train prompts
-    candidates = draw_candidates(rewards, share, identity)
+    candidates = draw_candidates(rewards, share, identity)  # at random, by --seed and the policy's weights
     unequal = [i for i in candidates if rewards[i].max() > rewards[i].min()]  # the others have no gradient
     plan = plan_batches(prompt_sizes(rollouts, unequal), rewards.shape[1], args.batch_tokens)
 
@@ -246,8 +245,8 @@ def sketch_file(args, sketcher, identity, number):
         prompts, n = micro_batch
         sketches = 0
         log_ratios = []
-        for responses in torch.arange(rewards.shape[1]).split(n):
-            batch = [select_trajectories(rollouts, advantages, i, responses) for i in prompts]
+        for numbers in torch.arange(rewards.shape[1]).split(n):
+            batch = [select_trajectories(rollouts, advantages, i, numbers) for i in prompts]
             part, log_ratio = sketcher(batch, args.rho_max)
             sketches = sketches + part  # a gradient is a sum over responses, and P drop(.) is linear
             log_ratios.append(log_ratio.abs())
@@ -265,7 +264,7 @@ def main():
     device = join_ranks(args.device)
     policy = load_policy(args.model, device, args.dtype)
     projection = Projection(args.seed, args.keep, args.dim, device)
-    sketcher = choose_sketcher(policy, projection)  # sketch_prompt, or the same for many prompts in one pass
+    sketcher = choose_sketcher(policy, projection)  # sketch_prompt for each prompt, or the same in one pass
     identity = {"format": FORMAT, "policy": fingerprint(policy), "seed": args.seed, "keep": args.keep,
                 "dim": args.dim, "rho_max": str(args.rho_max)}  # JSON has no infinity
     for number in range(len(args.rollouts)):
@@ -362,7 +361,7 @@ def sketch_prompts(policy, projection, batch, rho_max=math.inf):
 
 def sketch_one_by_one(policy, projection, batch, rho_max=math.inf):
     """As sketch_prompts, by sketch_prompt: for policies with layers that layer_gradients does not know."""
-    sketches, log_ratios = zip(*[sketch_prompt(policy, projection, tau, rho_max) for tau in batch])
+    sketches, log_ratios = zip(*[sketch_prompt(policy, projection, group, rho_max) for group in batch])
     return torch.stack(sketches), torch.cat(log_ratios)
 
 

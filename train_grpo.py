@@ -7,12 +7,13 @@ maximizes, averaged over the prompts,
     A_i = (R_i - mean R) / (std R + 1e-4)                  rho = pi_theta / pi_old
     k3 = e^D - D - 1,  D = log pi_ref - log pi_theta       H = entropy of pi_theta(. | s_t)
 
-pi_ref is --ref, the policy before any RL, in every phase. AdamW (PyTorch's default weight decay, 0.01) makes
-one update per batch: pi_old is pi_theta itself, rho is 1 with the gradient of log pi, nothing is clipped.
-Random are the order of the prompts, by (--seed, epoch), and the responses, by (--seed, step, place in batch).
+pi_ref is --ref, the policy before any RL; the default, --model, is right in the first phase only. AdamW
+(PyTorch's default weight decay, 0.01) makes one update per batch, so pi_old is pi_theta: rho = 1, its
+gradient is that of log pi, and the clip has no effect. What is random is the order of the prompts, seeded by
+(--seed, epoch), and the responses, seeded by (--seed, step, place in the batch).
 
-Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its meta, temperature, length limit,
-                     end tokens and verifier. Its responses are not used.
+Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its meta, length limit, end tokens,
+                     verifier and the temperature (unless --train-temperature). Responses are not used.
         --select     selected.npy of score.py: int64 [n], the prompts to train on.
         --eval       rollouts.pt files made with --k 0: test sets.
         --optimizer  optimizer.pt of the previous phase, whose AdamW state and order of prompts are continued.
@@ -71,7 +72,7 @@ def group_advantage(rewards):
             [ 0.0000,  0.0000]])
     """
     advantages = (rewards - rewards.mean(-1, keepdim=True)) / (rewards.std(-1, keepdim=True) + 1e-4)
-    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # std R may be rounding
+    equal = rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True)  # std R can be rounding, not 0
     return advantages.masked_fill(equal, 0)
 
 
@@ -123,7 +124,7 @@ def response_logits(policy, prompts, responses, temperature):
     targets, mask = pad(responses, "right", policy.device)  # [b * n, R]
     if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
-        inputs = targets[:, :-1]  # each is followed by the next token
+        inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]; what follows padding is masked
         exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
         positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
         later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
@@ -162,29 +163,30 @@ def grpo_step(policy, reference, optimizer, groups, args):
     J is a mean over the batch's responses (with --token-mean: over its tokens). Each micro-batch adds its
     part of the gradient. reference: pi_ref, or None without a KL term.
     """
-    responses = sum(len(group.responses) for group in groups)
-    tokens = sum(len(response) for group in groups for response in group.responses)
+    everything = sum([group.responses for group in groups], [])  # B*G responses
+    n_responses = len(everything)
+    n_tokens = sum(len(response) for response in everything)
     sums = torch.zeros(3, device=policy.device)  # over all tokens: of k3, H and |logp - sampler's|
-    for batch, weight in share_of_rank(micro_batches(groups, args.batch_tokens)):  # weight is 1 on one GPU
+    for batch, weight in share_of_rank(micro_batches(groups, args.batch_tokens)):  # weight: 1 on one GPU
         prompts = [group.prompt for group in batch]
-        chosen = sum([group.responses for group in batch], [])  # n of the G responses to each prompt
+        responses = sum([group.responses for group in batch], [])  # n of the G responses to each prompt
         with mixed_precision(policy, args.dtype):
-            logits, targets, mask = response_logits(policy, prompts, chosen, args.train_temperature)
+            logits, targets, mask = response_logits(policy, prompts, responses, args.train_temperature)
         logp = token_logprobs(logits, targets, mask)  # [b * n, R]
         entropy = token_entropy(logits, mask)
         del logits  # the largest tensor, V numbers per token: its memory is for the reference's
         logp_ref = logp.detach()  # without a reference, k3 and its gradient are 0
         if reference:
             with torch.no_grad(), mixed_precision(reference, args.dtype):
-                logits, _, _ = response_logits(reference, prompts, chosen, args.train_temperature)
+                logits, _, _ = response_logits(reference, prompts, responses, args.train_temperature)
                 logp_ref = token_logprobs(logits, targets, mask)
                 del logits
         advantages = torch.cat([group.advantages for group in batch]).to(policy.device)  # [b * n]
         objective = grpo_objective(logp, logp.detach(), logp_ref, entropy, advantages, mask, CLIP,
                                    args.kl_coef, args.entropy_coef)  # [b * n]
         if args.token_mean:
-            objective = objective * mask.sum(1) * (responses / tokens)  # weights |o_i| / mean |o|
-        loss = -objective.sum() / responses
+            objective = objective * mask.sum(1) * (n_responses / n_tokens)  # weights |o_i| / mean |o|
+        loss = -objective.sum() / n_responses
         (weight * loss).backward()
         sampled = sum([group.logprobs for group in batch], [])
         sampled = pad_sequence([torch.tensor(logprobs) for logprobs in sampled], batch_first=True)
@@ -194,7 +196,7 @@ def grpo_step(policy, reference, optimizer, groups, args):
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    kl, entropy, difference = (mean_over_ranks(sums) / tokens).tolist()
+    kl, entropy, difference = (mean_over_ranks(sums) / n_tokens).tolist()
     return {"groups": len(groups), "kl": kl, "entropy": entropy, "sampling_logp_difference": difference,
             "grad_norm": float(whole(grad_norm))}
 
@@ -211,12 +213,12 @@ def main():
         return
     run.lock()
     tokenizer = load_tokenizer(args.model)
-    sampler = Sampler(args, device, tokenizer, [rollouts, *tests.values()])  # first: vLLM needs an empty GPU
+    sampler = Sampler(args, device, tokenizer, [rollouts, *tests.values()])  # vLLM starts on an empty GPU
     policy = build_policy(args.model, device, args.dtype)
     reference = build_policy(args.ref or args.model, device, args.dtype) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
     run.check_space(policy)
-    state = run.resume(policy, optimizer)  # step over all phases, done in this one, position in the prompts
+    state = run.resume(policy, optimizer)  # the steps that are done, the place in the order of prompts
     sampler.update(policy)
     if state.step == 0:
         run.log(state, evaluate(sampler, tests, args))
@@ -227,9 +229,9 @@ def main():
         row["sampling_seconds"] = time.perf_counter() - began
         for group in groups:
             group.advantages = group_advantage(torch.tensor(group.rewards))
-        sampler.sleep()  # vLLM's memory is for the update
+        sampler.sleep()  # vLLM frees its memory for the update
         row |= grpo_step(policy, reference, optimizer, groups, args)
-        check_step(row, state.done == 0)
+        check_step(row, warn=state.done == 0)
         sampler.update(policy)  # the next step samples from the new policy
         state.step += 1
         state.done += 1
@@ -387,7 +389,7 @@ class Sampler:
 
 
 def stream_seed(*key):
-    """A seed for torch.Generator from any key: every use of random numbers gets a stream of its own."""
+    """A seed for torch.Generator from any key, so that each use of random numbers has its own stream."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little")
 
 
@@ -424,15 +426,16 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
     logprobs = [[] for _ in range(len(mask))]
     for t in range(max_new_tokens):
         logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # [active, V]
-        if temperature:
+        if temperature:  # invert the cumulative distribution, whose last value is 1 up to rounding
             cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             u = uniforms[active, t, None] * cdf[:, -1:]  # [active, 1]
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
-        else:
+        else:  # greedy decoding, for test sets
             token = logp.argmax(-1, keepdim=True)  # [active, 1]
-        for row, x, logp_x in zip(active.tolist(), token.tolist(), logp.gather(1, token).tolist()):
-            responses[row] += x
-            logprobs[row] += logp_x
+        logp_token = logp.gather(1, token)
+        for row, x, logp_x in zip(active.tolist(), token[:, 0].tolist(), logp_token[:, 0].tolist()):
+            responses[row].append(x)
+            logprobs[row].append(logp_x)
         unfinished = (~torch.isin(token[:, 0], end)).nonzero()[:, 0]
         if len(unfinished) == 0 or t + 1 == max_new_tokens:
             break
@@ -518,8 +521,8 @@ def verify(response, answer, verifier):
 
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
-    'math': math-verify compares the last expression with the answer as mathematics: 1/2 = 0.5, and 3 - 2 + 4
-    = 5, so a policy may repeat a sum of the prompt. Of an answer with '####' (GSM8K), what follows counts.
+    'math': math-verify compares the last expression with the answer as mathematics: 1/2 is 0.5, but 3 - 2 +
+    4, copied from the prompt, is 5, too. Of an answer with '####' (GSM8K), what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
@@ -843,7 +846,7 @@ def check_verifiers(sources, named):
         fail("--verifier", named or "nothing", expected, "name it if you trust its code")
 
 
-def check_step(row, first):
+def check_step(row, warn):
     """Stops if the gradient is not finite or the sampler's log-probs are not the policy's (other weights)."""
     difference = row["sampling_logp_difference"]
     found = f"log-probs that differ from the policy's by {difference:.3f} per token on average"
@@ -851,7 +854,7 @@ def check_step(row, first):
         fail("the sampler", found, "at most 0.5", "its weights were not updated, or the policy has diverged")
     if not math.isfinite(row["grad_norm"]):
         fail("the update", f"a gradient norm of {row['grad_norm']}", "a finite one", "lower --lr")
-    if first and difference > 0.1 and RANK == 0:
+    if warn and difference > 0.1 and RANK == 0:
         print(f"train_grpo.py: warning: the sampler has {found}; try --dtype float32", file=sys.stderr)
 
 
