@@ -129,7 +129,7 @@ def response_logits(policy, prompts, responses, temperature):
         positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
         later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
         logits = torch.cat([logits, later.logits], 1)  # [b * n, R, V]
-    return logits.float() / temperature, targets, mask
+    return logits.float().div_(temperature), targets, mask  # in place: logits are the largest tensor
 
 
 def pad(sequences, side, device):
