@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,6 +282,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 def test_disk_space_that_a_run_needs(saves, resumes, copies, capsys, tmp_path, monkeypatch):
     """A copy has 12 bytes per float32 parameter and a tenth; what else is in the folder will be replaced."""
     policy = torch.nn.Linear(25, 40, bias=False)
+    run = SimpleNamespace(part=tmp_path, args=SimpleNamespace(steps=2 if saves else 1, save_every=1))
     (tmp_path / "new.pt").write_bytes(bytes(100))
     if resumes:
         (tmp_path / "checkpoint.pt").write_bytes(bytes(10**5))
@@ -289,7 +291,7 @@ def test_disk_space_that_a_run_needs(saves, resumes, copies, capsys, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
             with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
-                train_grpo.check_space(policy, tmp_path, saves)
+                train_grpo.Run.check_space(run, policy)
     assert ("and a checkpoint" in capsys.readouterr().err) == (copies == 2)
 
 
