@@ -49,8 +49,8 @@ def popi(sketches, norms, validation_means):
     """
     lengths = validation_means.norm(dim=1, keepdim=True)  # [V, 1]
     units = validation_means / lengths
-    # 0 / 0 is NaN, and masked
-    return (sketches @ units.T / norms).masked_fill((norms == 0) | (lengths.T == 0), -torch.inf)
+    cosines = sketches @ units.T / norms  # NaN (0 / 0) where there is no gradient
+    return cosines.masked_fill((norms == 0) | (lengths.T == 0), -torch.inf)
 
 
 def influence(train, validation):
@@ -138,8 +138,8 @@ def main():
         else:
             selected = select_baseline(args.method, load_rewards(args.rollouts), n, args.seed)
         if len(selected) == 0:
-            fail(args.train or args.rollouts, "no prompt with a reward variance", "one",
-                 "raise K in collect.py")
+            source = args.train if args.method == "cropi" else args.rollouts
+            fail(source, "no prompt with a reward variance", "one", "raise K in collect.py")
         if args.method == "cropi":
             report_trust(trusts, scores, selected)
             write_scores(args.out, scores, trusts)

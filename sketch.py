@@ -11,7 +11,8 @@ parameters and the same for every prompt. P maps the kept ones to --dim numbers,
 sketches are unbiased estimates of dot products of gradients.
 
 Reads   --model      the current policy theta
-        --rollouts   rollouts.pt of collect.py, the train prompts' first; their meta has the temperature
+        --rollouts   rollouts.pt files of collect.py, the first for the train prompts, the others for the
+                     validation sets; their meta has the sampling temperature
 Writes  --out        a sketch for each: float32 .npy [N, dim], a row per prompt, zero for equal rewards. With
                      --candidates 1/3 only a random third of the train prompts is sketched; the other
                      rows are zero, too. The .json beside it has what must match before two are compared.
@@ -77,7 +78,7 @@ def off_policy_surrogate(logp, logp_beta, advantages, mask, k, rho_max=math.inf)
     A_k grad rho if rho_max is infinite (truncated importance weights: Ionides 2008; Espeholt et al. 2018).
     """
     ratio = token_ratio(logp, logp_beta)
-    weight = (rho_max / ratio.detach()).clamp(max=1)  # a constant: grad (weight rho) = min(..) grad log pi
+    weight = (rho_max / ratio.detach()).clamp(max=1)  # 1, or rho_max / rho where rho is larger; a constant
     per_token = weight * ratio * advantages[:, None]  # [B, T]
     return ((per_token * mask).sum(1) / mask.sum(1)).sum() / k
 
@@ -374,11 +375,10 @@ def choose_sketcher(policy, projection):
     check_forward(policy)
     one_by_one = partial(sketch_one_by_one, policy, projection)
     batched = partial(sketch_prompts, policy, projection)
-    trial = []
-    for prompt, responses, advantages in (([1, 0, 1], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0]], [1.0, 0.5]),
-                                          ([0, 1, 1, 0, 1], [[1, 1], [0, 0, 1]], [0.75, 1.0])):
-        logp_beta = [torch.zeros(len(response)) for response in responses]
-        trial.append(Trajectories(prompt, responses, logp_beta, torch.tensor(advantages), 2, 1.0))
+    trial = [Trajectories([1, 0, 1], [[0, 1, 1, 0], [1, 1, 0, 1, 0, 0]], [torch.zeros(4), torch.zeros(6)],
+                          torch.tensor([1.0, 0.5]), k=2, temperature=1.0),
+             Trajectories([0, 1, 1, 0, 1], [[1, 1], [0, 0, 1]], [torch.zeros(2), torch.zeros(3)],
+                          torch.tensor([0.75, 1.0]), k=2, temperature=1.0)]
     agrees = False
     known = [type(layer) in BATCHED or type(layer).__name__.endswith("RMSNorm")  # a subclass may do anything
              for layer in layers_with_weights(policy)]
@@ -521,6 +521,8 @@ def check_forward(policy):
         for one, other in zip(found, expected):
             if not (one - other).norm() <= tolerance * other.norm():  # or NaN
                 raise ValueError("other logits, or another gradient, with a KV cache than without")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a cache that cannot be repeated, for example
         fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
              "choose another model")

@@ -368,11 +368,11 @@ class Sampler:
         own = range(RANK, len(batch), WORLD)  # places in the batch
         prompts = [rollouts["prompts"][batch[j]].tolist() for j in own]
         costs = [len(prompt) + meta["max_new_tokens"] for prompt in prompts]  # of one response
-        plan = batches_by_tokens(costs, self.kv_tokens // k)
-        if self.engine == "vllm":
-            plan = [range(len(prompts))]  # it schedules its cache itself
+        budget = sys.maxsize  # vLLM schedules its cache itself
+        if self.engine == "hf":
+            budget = self.kv_tokens // k
         groups = {}
-        for some in plan:
+        for some in batches_by_tokens(costs, budget):
             queries = [prompts[i] for i in some]
             own_seeds = [seeds[own[i]] for i in some]
             with mixed_precision(self.model, self.dtype):
@@ -521,8 +521,9 @@ def verify(response, answer, verifier):
 
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
-    'math': math-verify compares the last expression with the answer as mathematics: 1/2 is 0.5, but 3 - 2 +
-    4, copied from the prompt, is 5, too. Of an answer with '####' (GSM8K), what follows counts.
+    'math': math-verify compares the last expression with the answer as mathematics. For the answer 0.5, 1/2
+    is right; for 5, so is 3 - 2 + 4, even if it only repeats the prompt. Of an answer with '####' (GSM8K),
+    what follows counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
@@ -785,6 +786,8 @@ def check_forward(policy):
         for one, other in zip(found, expected):
             if not (one - other).norm() <= tolerance * other.norm():  # or NaN
                 raise ValueError("other logits, or another gradient, with a KV cache than without")
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a cache that cannot be repeated, for example
         fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
              "choose another model")

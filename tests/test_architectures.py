@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import grpo_groups
 from test_gradients import K, Whole, naive_gradient, relative_error, rollouts, trajectories
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import collect
 import sketch
@@ -99,6 +99,24 @@ def test_unusable_cache_is_refused_in_one_line(stage, capsys):
         stage.check_forward(policy)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "choose another model" in error
+
+
+@pytest.mark.parametrize("stage", [sketch, train_grpo])
+def test_cache_that_cuts_gradients_is_refused(stage, monkeypatch, capsys):
+    """The logits are right, but no gradient reaches the prompt through its cached keys and values."""
+    policy, update = tiny("llama", GROUPS), DynamicCache.update
+    stage.check_forward(policy)
+
+    def cut(cache, keys, values, layer, *arguments, **options):
+        found = update(cache, keys, values, layer, *arguments, **options)
+        stored = cache.layers[layer]
+        stored.keys, stored.values = stored.keys.detach(), stored.values.detach()
+        return found
+
+    monkeypatch.setattr(DynamicCache, "update", cut)
+    with pytest.raises(SystemExit):
+        stage.check_forward(policy)
+    assert "another gradient" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "bloom", "gemma2", "mixtral", "cohere"])
