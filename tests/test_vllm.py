@@ -100,7 +100,7 @@ def test_weights_and_cached_prefixes_are_replaced(tmp_path):
     policy.save_pretrained(tmp_path)
     args = argparse.Namespace(engine="vllm", model=str(tmp_path), dtype="float32", kv_tokens=4096)
     rollouts = {"prompt_lengths": torch.tensor([400]), "meta": {"max_new_tokens": 112}}
-    sampler = train_grpo.Sampler(args, None, [rollouts])
+    sampler = train_grpo.Sampler(args, "cpu", None, [rollouts])
     seeded = [torch.Generator().manual_seed(i) for i in (0, 1)]
     prompts = [torch.randint(2, 29, (400,), generator=rng).tolist() for rng in seeded]
     repeated = [p for p in prompts for _ in range(8)]
