@@ -6,7 +6,7 @@
 # files: remove the folder first.
 #
 #   bash experiments/smollm2.sh                  two seeds of four methods on two CPU cores; resumable
-#   JOBS=2 OMP_NUM_THREADS=1 bash ...           two runs side by side, one thread each: 15 GB of memory
+#   JOBS=2 OMP_NUM_THREADS=1 bash ...           two runs side by side, one thread each: 17 GB of memory
 #   SEEDS="0 1 2 3" METHODS="cropi full learnability influence passrate random" JOBS=8 KV_TOKENS=32768 \
 #       bash experiments/smollm2.sh              eight runs share a GPU of 80 GB (docs/scaling.md has two more
 #                                                settings for that); 5 GB of disk for each run
