@@ -6,11 +6,12 @@
 Every later phase reuses these trajectories through the token ratio of sketch.py; beta is never sampled again.
 It is softmax(logits / temperature): no top-p, no top-k, no repetition penalty. Only the end tokens are read
 from the checkpoint's generation_config.json. log beta of each token is stored, so that at theta = theta(0)
-every ratio is 1. The end token belongs to the response; a response truncated at --max-new-tokens has none.
+every ratio is 1 up to rounding. The end token belongs to the response; a response truncated at
+--max-new-tokens has none.
 
 Reads   --data   local .jsonl or .parquet files, or hub data sets `name[:config[:split]]`. A prompt is a
                  string or a list of chat messages; a chat template is applied if the tokenizer has one.
-Writes  --out    one for each of --data, or one for all of them (a pool of several data sets): rollouts.pt
+Writes  --out    as many files as --data, or a single one that pools all of --data: rollouts.pt
                  (torch.load with weights_only=True), for N prompts with K responses each. Ragged arrays are
                  flat, with their lengths; response k of prompt i is number i*K + k.
                      prompt_tokens    int32   [sum of prompt lengths]     prompt_lengths   int64 [N]
@@ -92,7 +93,7 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
             cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             u = uniforms[active, t, None] * cdf[:, -1:]  # [active, 1]
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
-        else:  # greedy decoding, for test sets
+        else:  # greedy decoding, for the evaluations of train_grpo.py
             token = logp.argmax(-1, keepdim=True)  # [active, 1]
         logp_token = logp.gather(1, token)
         for row, x, logp_x in zip(active.tolist(), token[:, 0].tolist(), logp_token[:, 0].tolist()):
@@ -118,8 +119,8 @@ def verify(response, answer, verifier):
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
     'math': math-verify compares the last expression with the answer as mathematics. For the answer 0.5, 1/2
-    is right; for 5, so is 3 - 2 + 4, even if it only repeats the prompt. Of an answer with '####' (GSM8K),
-    what follows counts.
+    is right; 3 - 2 + 4 is accepted for 5, even if it only repeats the prompt. If the answer contains '####'
+    (GSM8K), only the text after it counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
@@ -146,12 +147,12 @@ def stream_seed(*key):
 def collect_file(args, tokenizer, policy, examples, out):
     """Samples and verifies K responses to each of the N prompts in `examples`; writes one rollouts.pt."""
     eos_ids = end_tokens(args.model, tokenizer)
-    sample_engine = ENGINES[args.engine]  # `sample` or, the same with vLLM, `sample_vllm`
+    sample_engine = ENGINES[args.engine]  # `sample` or its vLLM equivalent, `sample_vllm`
 
     def sample_batch(batch):
         """{prompt: (tokens, lengths [K], log-probs, rewards [K])} of some prompts, given by their index."""
         prompts = [examples.prompts[i] for i in batch]
-        seeds = [stream_seed(args.seed, i) for i in batch]  # of --seed and the prompt's index in the file
+        seeds = [stream_seed(args.seed, i) for i in batch]  # i: the prompt's index in `out`
         responses, logprobs = sample_engine(policy, prompts, args.k, args.temperature, args.max_new_tokens,
                                             eos_ids, seeds)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -168,7 +169,7 @@ def collect_file(args, tokenizer, policy, examples, out):
     results = []
     if args.k > 0:  # otherwise a test set: prompts and answers only
         settings = [meta, examples.prompts, examples.answers, *fingerprints(args)]
-        results = run_batches(sample_batch, plan_sampling(args, examples), out, settings)
+        results = run_batches(sample_batch, plan_sampling(args, examples), out, settings)  # resumes
     if RANK == 0:
         write_rollouts(out, examples, meta, results)
 

@@ -1,14 +1,15 @@
 """Stage 3 of CROPI: from sketches to the prompts to train on.
 
-    U_v(s0) = cos( g~(s0), mean over s' in D_v of g~(s') )     practical influence (POPI), a column per set
+    U_v(s0) = cos( g~(s0), mean over s' in D_v of g~(s') )     practical influence (POPI), one column per set
     RRF(s0) = sum_v 1 / (c + rank_v(s0))                       reciprocal rank fusion, over each set's top n
     D       = the n = floor(alpha N) prompts of highest RRF    selection; ties by index
 
-A zero row has no direction: it scores -inf and is never selected. It is of a prompt whose rewards are all
-equal, or that was no candidate in sketch.py. So a selection can be shorter than n, which is printed.
+N counts all train prompts. A zero row has no direction: it scores -inf and is never selected. It belongs to
+a prompt whose rewards are all equal, or that was not a candidate in sketch.py. So a selection can be shorter
+than n, which is printed.
 
 Reads   --train     sketch .npy [N, dim] of the train prompts and the .json beside it, from sketch.py.
-        --val       sketches of the validation sets, of the same policy and projection by their .json.
+        --val       sketches of the validation sets; their .json must name the same policy and projection.
         --rollouts  rollouts.pt of the train prompts, whose rewards the other methods select by.
 Writes  --out       selected.npy: int64 [n], best first.
                     scores.npy beside it (cropi only): float32 [N, V], U_v(s0), -inf for a zero gradient;
@@ -66,7 +67,7 @@ def influence(train, validation):
         means.append(halves.sum(0) / len(norms))
         trusts[str(path)] = trust(norms, halves)
     means = torch.stack(means).float()  # [V, dim]
-    if not means.any():
+    if not means.any():  # a single zero mean is allowed: its column is -inf and ranks no prompt
         fail(", ".join(validation), "zero mean gradients", "prompts with unequal rewards",
              "use other validation prompts, or more responses to them")
     scores = [popi(sketches, norms, means) for sketches, norms in read_blocks(train)]
@@ -77,8 +78,9 @@ def trust(norms, halves):
     """How far the mean of a validation set can be trusted, from its sketches alone.
 
     norms: [N]; halves: [2, dim], the sums of the sketches at even and at odd indices. effective_prompts: (sum
-    |g|^2)^2 / sum |g|^4 (Kish 1965), N for equal norms, 1 if one prompt is all that counts. All are 0 for a
-    set without a gradient.
+    |g|^2)^2 / sum |g|^4 (Kish 1965), N for equal norms, 1 if a single prompt dominates. top_five_share: that
+    of the five largest |g|^2 in their sum. halves_cosine: between the two sums; near 0, the mean is noise.
+    For a set without a gradient, all three are 0.
     """
     squares = norms.double().square()
     even, odd = halves.double()
@@ -112,7 +114,7 @@ def select(values, n):
 
 
 def select_baseline(method, rewards, n, seed):
-    """full, random, passrate or learnability from the rewards [N, K] under beta. Returns int64 indices."""
+    """full, random, passrate or learnability from NumPy rewards [N, K] under beta. Returns indices."""
     p = rewards.mean(1)
     shuffled = np.random.default_rng(seed).permutation(len(p))
     if method == "full":
@@ -131,7 +133,7 @@ def main():
     n = selection_size(args.alpha, n_prompts)
     if n < 1:
         fail("--alpha", f"{float(args.alpha)} of {n_prompts} prompts", "at least one prompt", "raise it")
-    with replacing(args.out) as file:
+    with replacing(args.out) as file:  # opened first, to fail early; appears as --out when complete
         if args.method == "cropi":
             scores, trusts = influence(args.train, args.val)  # [N, V]
             selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
@@ -139,7 +141,7 @@ def main():
             selected = select_baseline(args.method, load_rewards(args.rollouts), n, args.seed)
         if len(selected) == 0:
             source = args.train if args.method == "cropi" else args.rollouts
-            fail(source, "no prompt with a reward variance", "one", "raise K in collect.py")
+            fail(source, "no prompt with unequal rewards", "at least one", "raise K in collect.py")
         if args.method == "cropi":
             report_trust(trusts, scores, selected)
             write_scores(args.out, scores, trusts)

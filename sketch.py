@@ -11,11 +11,10 @@ parameters and the same for every prompt. P maps the kept ones to --dim numbers,
 sketches are unbiased estimates of dot products of gradients.
 
 Reads   --model      the current policy theta
-        --rollouts   rollouts.pt files of collect.py, the first for the train prompts, the others for the
-                     validation sets; their meta has the sampling temperature
-Writes  --out        a sketch for each: float32 .npy [N, dim], a row per prompt, zero for equal rewards. With
-                     --candidates 1/3 only a random third of the train prompts is sketched; the other
-                     rows are zero, too. The .json beside it has what must match before two are compared.
+        --rollouts   rollouts.pt files (their meta has the temperature): train prompts, validation sets
+Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero for equal rewards.
+                     With --candidates 1/3 only a random third of the train prompts is sketched, the
+                     others' rows are zero. The .json beside it records what comparable sketches share.
 
     python sketch.py --model runs/toy/world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     python sketch.py --model POLICY --rollouts train.pt --out train.npy --rho-max 2 --candidates 1/3
@@ -84,7 +83,7 @@ def off_policy_surrogate(logp, logp_beta, advantages, mask, k, rho_max=math.inf)
 
 
 def response_logits(policy, prompts, responses, temperature):
-    """The logits of pi_theta(. | s_t) for each response token, of b prompts with n responses each.
+    """The logits of pi_theta(. | s_t) for each response token, for b prompts with n responses each.
 
     prompts: b sequences of token ids; responses: b * n sequences, prompt-major. Returns float32 logits /
     temperature [b * n, R, V], R the length of the longest response; the response tokens [b * n, R]; and the
@@ -105,7 +104,8 @@ def response_logits(policy, prompts, responses, temperature):
     targets, mask = pad(responses, "right", policy.device)  # [b * n, R]
     if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
-        inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]; what follows padding is masked
+        inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]
+        # right padding may count as existing: no real token comes after it, so none attends to it
         exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
         positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
         later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
@@ -166,7 +166,7 @@ def kept_coordinates(numel, keep, generator):
     """drop: indices of the kept coordinates among `numel`, each kept with probability `keep`; ascending."""
     if keep == 1:
         return torch.arange(numel)
-    draws = int(numel * keep + 10 * (numel * keep) ** 0.5 + 10)  # ten standard deviations above the mean
+    draws = int(numel * keep + 10 * (numel * keep) ** 0.5 + 10)  # the mean and ten standard deviations
     gaps = torch.empty(draws, dtype=torch.float64).geometric_(keep, generator=generator)  # >= 1, to the next
     kept = gaps.cumsum(0).long() - 1
     return kept[kept < numel]
@@ -182,7 +182,7 @@ class Projection:
 
     P adds each kept coordinate to one random bucket of the sketch with a random sign: a sparse
     Johnson-Lindenstrauss transform with one non-zero per column (Kane and Nelson 2014). With the scale 1 /
-    sqrt(keep), P drop(x) . P drop(y) has the mean x . y and the variance (1/keep - 1) S + (|x|^2 |y|^2 +
+    sqrt(keep), P drop(x) . P drop(y) has mean x . y and variance (1/keep - 1) S + (|x|^2 |y|^2 +
     (x . y)^2 - 2 S) / dim, where S = sum_j x_j^2 y_j^2.
     """
 
@@ -237,7 +237,7 @@ def sketch_file(args, sketcher, identity, number):
     rewards = rollouts["rewards"]  # [N, K]
     advantages = group_advantage(rewards)  # [N, K]
     share = args.candidates if number == 0 else 1  # the first file has the train prompts
-    candidates = draw_candidates(rewards, share, identity)  # at random, by --seed and the policy's weights
+    candidates = draw_candidates(rewards, share, identity)  # seeded by (--seed, policy): others each phase
     unequal = [i for i in candidates if rewards[i].max() > rewards[i].min()]  # the others have no gradient
     plan = plan_batches(prompt_sizes(rollouts, unequal), rewards.shape[1], args.batch_tokens)
 
@@ -246,8 +246,8 @@ def sketch_file(args, sketcher, identity, number):
         prompts, n = micro_batch
         sketches = 0
         log_ratios = []
-        for numbers in torch.arange(rewards.shape[1]).split(n):
-            batch = [select_trajectories(rollouts, advantages, i, numbers) for i in prompts]
+        for ks in torch.arange(rewards.shape[1]).split(n):
+            batch = [select_trajectories(rollouts, advantages, i, ks) for i in prompts]
             part, log_ratio = sketcher(batch, args.rho_max)
             sketches = sketches + part  # a gradient is a sum over responses, and P drop(.) is linear
             log_ratios.append(log_ratio.abs())

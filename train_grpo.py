@@ -8,15 +8,17 @@ maximizes, averaged over the prompts,
     k3 = e^D - D - 1,  D = log pi_ref - log pi_theta       H = entropy of pi_theta(. | s_t)
 
 pi_ref is --ref, the policy before any RL; the default, --model, is right in the first phase only. AdamW
-(PyTorch's default weight decay, 0.01) makes one update per batch, so pi_old is pi_theta: rho = 1, its
-gradient is that of log pi, and the clip has no effect. What is random is the order of the prompts, seeded by
-(--seed, epoch), and the responses, seeded by (--seed, step, place in the batch).
+(constant learning rate, PyTorch's default weight decay of 0.01, gradients clipped to --max-grad-norm) makes
+one update per batch, so pi_old is pi_theta: rho = 1, its gradient is that of log pi, and the clip has no
+effect. A group of equal rewards stays in the batch with A = 0, unless --dynamic-sampling replaces it. What is
+random is the order of the prompts, seeded by (--seed, epoch), and the responses, seeded by (--seed, step,
+place in the batch).
 
 Reads   --rollouts   rollouts.pt of collect.py: prompts, answers and, in its meta, length limit, end tokens,
                      verifier and the temperature (unless --train-temperature). Responses are not used.
         --select     selected.npy of score.py: int64 [n], the prompts to train on.
         --eval       rollouts.pt files made with --k 0: test sets.
-        --optimizer  optimizer.pt of the previous phase, whose AdamW state and order of prompts are continued.
+        --optimizer  optimizer.pt of the previous phase, whose AdamW state, step and epoch are continued.
 Writes  --out        a Hugging Face checkpoint, optimizer.pt, args.json and metrics.jsonl, one line per step.
 
     python train_grpo.py --model runs/toy/world/base --rollouts train.pt --select selected.npy --out policy \\
@@ -103,7 +105,7 @@ def grpo_objective(logp, logp_old, logp_ref, entropy, advantages, mask, clip, kl
 
 
 def response_logits(policy, prompts, responses, temperature):
-    """The logits of pi_theta(. | s_t) for each response token, of b prompts with n responses each.
+    """The logits of pi_theta(. | s_t) for each response token, for b prompts with n responses each.
 
     prompts: b sequences of token ids; responses: b * n sequences, prompt-major. Returns float32 logits /
     temperature [b * n, R, V], R the length of the longest response; the response tokens [b * n, R]; and the
@@ -124,7 +126,8 @@ def response_logits(policy, prompts, responses, temperature):
     targets, mask = pad(responses, "right", policy.device)  # [b * n, R]
     if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
-        inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]; what follows padding is masked
+        inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]
+        # right padding may count as existing: no real token comes after it, so none attends to it
         exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
         positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
         later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
@@ -161,20 +164,21 @@ def grpo_step(policy, reference, optimizer, groups, args):
     """One AdamW update towards higher J on a batch of groups. Returns its row of metrics.jsonl.
 
     J is a mean over the batch's responses (with --token-mean: over its tokens). Each micro-batch adds its
-    part of the gradient. reference: pi_ref, or None without a KL term.
+    part of the gradient. reference: pi_ref, or None without a KL term. On several GPUs all ranks have all
+    groups, each computes its share of the micro-batches, and `weight` undoes FSDP2's average over ranks.
     """
     everything = sum([group.responses for group in groups], [])  # B*G responses
     n_responses = len(everything)
     n_tokens = sum(len(response) for response in everything)
     sums = torch.zeros(3, device=policy.device)  # over all tokens: of k3, H and |logp - sampler's|
-    for batch, weight in share_of_rank(micro_batches(groups, args.batch_tokens)):  # weight: 1 on one GPU
+    for batch, weight in share_of_rank(micro_batches(groups, args.batch_tokens)):  # 1 on one GPU
         prompts = [group.prompt for group in batch]
         responses = sum([group.responses for group in batch], [])  # n of the G responses to each prompt
         with mixed_precision(policy, args.dtype):
             logits, targets, mask = response_logits(policy, prompts, responses, args.train_temperature)
         logp = token_logprobs(logits, targets, mask)  # [b * n, R]
         entropy = token_entropy(logits, mask)
-        del logits  # the largest tensor, V numbers per token: its memory is for the reference's
+        del logits  # the largest tensor, V numbers per token: frees memory for the reference's logits
         logp_ref = logp.detach()  # without a reference, k3 and its gradient are 0
         if reference:
             with torch.no_grad(), mixed_precision(reference, args.dtype):
@@ -220,7 +224,7 @@ def main():
     run.check_space(policy)
     state = run.resume(policy, optimizer)  # the steps that are done, the place in the order of prompts
     sampler.update(policy)
-    if state.step == 0:
+    if state.step == 0:  # counted over all phases; state.done: since --model
         run.log(state, evaluate(sampler, tests, args))
 
     while state.done < args.steps and not run.stopped:
@@ -430,7 +434,7 @@ def sample(policy, prompts, k, temperature, max_new_tokens, eos_ids, seeds):
             cdf = logp.exp().cumsum(-1, dtype=torch.float64)
             u = uniforms[active, t, None] * cdf[:, -1:]  # [active, 1]
             token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)  # first cdf > u
-        else:  # greedy decoding, for test sets
+        else:  # greedy decoding, for the evaluations of train_grpo.py
             token = logp.argmax(-1, keepdim=True)  # [active, 1]
         logp_token = logp.gather(1, token)
         for row, x, logp_x in zip(active.tolist(), token[:, 0].tolist(), logp_token[:, 0].tolist()):
