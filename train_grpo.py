@@ -526,8 +526,8 @@ def verify(response, answer, verifier):
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
     'math': math-verify compares the last expression with the answer as mathematics. For the answer 0.5, 1/2
-    is right; for 5, so is 3 - 2 + 4, even if it only repeats the prompt. Of an answer with '####' (GSM8K),
-    what follows counts.
+    is right; 3 - 2 + 4 is accepted for 5, even if it only repeats the prompt. If the answer contains '####'
+    (GSM8K), only the text after it counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
