@@ -31,6 +31,8 @@ Writes  --out    as many files as --data, or a single one that pools all of --da
 """
 
 import argparse
+import fcntl
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -239,8 +241,13 @@ def load_engine(args, device, data):
     """The policy, as the engine takes it: a transformers model or vLLM's engine; None for --k 0."""
     if args.k == 0:
         return None
+    policy = load_policy(args.model, device, args.dtype)
+    check_sampling(policy)
     if args.engine == "hf":
-        return load_policy(args.model, device, args.dtype)
+        return policy
+    del policy
+    gc.collect()
+    torch.cuda.empty_cache()
     longest = max(len(prompt) for examples in data for prompt in examples.prompts)
     return load_vllm(args.model, args.dtype, args.kv_tokens, longest + args.max_new_tokens)
 
@@ -252,7 +259,7 @@ def load_vllm(name, dtype, kv_tokens, context):
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # float32 attention in float32, not in TF32
     gpu = torch.cuda.is_available()
     try:
-        config = AutoConfig.from_pretrained(name).get_text_config()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # cache bytes
@@ -351,16 +358,65 @@ def load_function(name):
         fail(name, f"no such verifier ({error!r})", "math, exact or path/to/file.py:function", "see --help")
 
 
+def check_checkpoint(name):
+    """(vocabulary size, longest sequence) of a checkpoint; refuses a LoRA adapter.
+
+    longrope changes the frequencies of a whole batch if one of its sequences is longer than the model's first
+    pre-training had. A gradient must not depend on what shares its batch, so no sequence may be that long.
+    """
+    if (Path(name) / "adapter_config.json").exists():
+        fail(name, "a LoRA adapter", "a whole model", "merge it: peft's AutoPeftModelForCausalLM."
+             f"from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    except Exception as error:  # missing, damaged, of an unknown kind of model
+        fail(name, f"no usable config.json ({error})", "a Hugging Face checkpoint", "check --model")
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # some models have them for each type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            longest = min(longest, parameters["original_max_position_embeddings"])
+    return config.vocab_size, longest
+
+
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
     try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype),
+                                                      trust_remote_code=False).to(device).eval()
         if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
             raise ValueError("a recurrent state")
+        if not all(parameter.is_floating_point() for parameter in policy.parameters()):
+            raise ValueError("quantized weights, which have no gradient")
         return policy
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
+
+
+def check_sampling(policy):
+    """Refuses a policy whose log-probs while sampling, with a KV cache, are not those of a pass without one.
+
+    It is random enough to refuse what sketch.py and train_grpo.py would refuse, before the costly sampling.
+    """
+    prompts = [[1, 0, 1], [0, 1, 1, 0, 1]]
+    tolerance = 1e-2 if policy.dtype == torch.float32 else 0.1  # of rounding, in deep models
+    try:
+        responses, sampled = sample(policy, prompts, 2, 1.0, 6, [-1], [0, 1])
+        expected = []
+        for number, response in enumerate(responses):
+            tokens = torch.tensor([prompts[number // 2] + response], device=policy.device)
+            with torch.no_grad():
+                logp = policy(tokens).logits[0, -7:-1].float().log_softmax(-1)
+            expected.append(logp.gather(1, tokens[0, -6:, None])[:, 0].cpu())
+        expected = torch.stack(expected)
+        if not (torch.tensor(sampled) - expected).norm() <= tolerance * expected.norm():  # or NaN
+            raise ValueError("other log-probs with a KV cache than without")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a cache that cannot be repeated, for example
+        fail(policy.name_or_path, f"no usable forward pass ({error!r})", "a transformer with a KV cache",
+             "choose another model")
 
 
 def load_tokenizer(name):
@@ -368,7 +424,7 @@ def load_tokenizer(name):
         folder = Path(name)
         if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
             raise OSError("no tokenizer file")  # from which transformers would make an empty tokenizer
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer there")
 
@@ -378,7 +434,7 @@ def end_tokens(name, tokenizer):
     try:
         config = GenerationConfig.from_pretrained(name)
     except OSError:  # a checkpoint without generation_config.json
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name))
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
     return ids or fail(name, "no end token", "one in generation_config.json or the tokenizer", "add it")
@@ -396,11 +452,8 @@ class Examples:
 
 def read_examples(args, tokenizer, sources):
     """Reads and tokenizes data sets; refuses prompts that leave no room for --max-new-tokens."""
-    try:
-        config = AutoConfig.from_pretrained(args.model).get_text_config()
-    except Exception as error:  # missing, damaged, of an unknown kind of model
-        fail(args.model, f"no usable config.json ({error})", "a Hugging Face checkpoint", "check --model")
-    limit = getattr(config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    vocabulary, longest = check_checkpoint(args.model)
+    limit = longest - args.max_new_tokens
     examples = Examples(sources, [], [], [])
     for source in sources:
         rows = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
@@ -410,6 +463,9 @@ def read_examples(args, tokenizer, sources):
                 fail(source, f"a prompt of {len(tokens)} tokens (example {number})",
                      f"at most {limit} tokens with --max-new-tokens {args.max_new_tokens}",
                      "drop it or lower --max-new-tokens")
+            if max(tokens) >= vocabulary:
+                fail(source, f"token {max(tokens)} in the prompt of example {number}",
+                     f"ids below {vocabulary}, the model's vocabulary", "use the model's own tokenizer")
             examples.prompts.append(tokens)
             examples.answers.append(answer)
             examples.families.append(family or (source if len(sources) > 1 else ""))
@@ -477,6 +533,20 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class LogLines:
+    """A file for tqdm where stderr is no terminal: a line for each update, no carriage returns."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+BAR = {} if sys.stderr.isatty() else {"file": LogLines(), "mininterval": 60}
+
+
 def run_batches(work, plan, out, settings):
     """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings.
 
@@ -488,7 +558,9 @@ def run_batches(work, plan, out, settings):
     parts = [folder / f"{number}.pt" for number in range(len(plan))]
     if out.is_dir():
         fail(out, "a folder, which cannot be written", "a file to write", "choose another --out")
-    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
+    lock(out)
+    numbers = range(RANK, len(plan), WORLD)
+    for number in tqdm(numbers, str(out), unit="batch", delay=1, disable=RANK > 0, **BAR):
         if not parts[number].exists():
             with replacing(parts[number]) as file:
                 torch.save(work(plan[number]), file)
@@ -497,12 +569,42 @@ def run_batches(work, plan, out, settings):
     return (torch.load(part, weights_only=True, mmap=True) for part in parts)
 
 
+LOCKS = []  # open files, whose locks end with this process
+
+
+def lock(out):
+    """One run per --out. If only torchrun was killed, its ranks work on and still hold the lock."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        LOCKS.append(open(out.with_name(out.name + ".lock"), "w"))
+        if RANK == 0:
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(out, "another run that is writing it", "one run per --out", "wait or choose another --out")
+    except OSError as error:
+        fail(out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
 def remove_parts(outs):
-    """Removes the finished batches of this and of earlier, unfinished runs that had the same --out."""
+    """Removes locks, and finished batches of this and of earlier, unfinished runs that had the same --out."""
     if RANK == 0:
         for out in outs:
             for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
                 shutil.rmtree(folder)
+            out.with_name(out.name + ".lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def reporting_full_disk(path):
+    """Reports a disk that becomes full while `path` is written; torch.save hides this in a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if shutil.disk_usage(path.parent).free > 2**20:
+            raise
+        fail(path, f"a full disk ({error})", "room for it", "free some, then run the same command again")
 
 
 @contextmanager
@@ -516,7 +618,7 @@ def replacing(path):
         file = open(part, "wb")
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
-    with file:
+    with reporting_full_disk(path), file:
         yield file
     os.replace(part, path)
 
@@ -557,6 +659,8 @@ def join_ranks(device):
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response has reward 0
+    if RANK >= WORLD or (WORLD > 1 and "MASTER_ADDR" not in os.environ):
+        fail("RANK, WORLD_SIZE", f"{RANK}, {WORLD}", "those that torchrun sets", "unset both")
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         if device == "cuda":
@@ -581,5 +685,8 @@ def fail(source, found, expected, hint):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command resumes it", file=sys.stderr)
+        sys.exit(130)
     except torch.OutOfMemoryError as error:
         fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for the KV cache", "lower --kv-tokens")

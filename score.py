@@ -27,6 +27,7 @@ beta, ties at random.
 import argparse
 import json
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from fractions import Fraction
@@ -161,7 +162,7 @@ def read_blocks(path):
     """Yields blocks of rows float32 [B, dim] and their norms [B, 1]; refuses NaN and infinity."""
     sketch, _ = open_sketch(path)
     n, dim = sketch.shape
-    for start in tqdm(range(0, n, ROWS), desc=f"score {path}", unit="block", delay=2):
+    for start in tqdm(range(0, n, ROWS), desc=f"score {path}", unit="block", delay=2, disable=None):
         shape = min(ROWS, n - start), dim
         offset = sketch.offset + start * 4 * dim
         rows = torch.from_numpy(np.memmap(path, np.float32, "c", offset, shape))  # unmapped after its block
@@ -284,6 +285,17 @@ def write_scores(out, scores, trusts):
 
 
 @contextmanager
+def reporting_full_disk(path):
+    """Reports a disk that becomes full while `path` is written; torch.save hides this in a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if shutil.disk_usage(path.parent).free > 2**20:
+            raise
+        fail(path, f"a full disk ({error})", "room for it", "free some, then run the same command again")
+
+
+@contextmanager
 def replacing(path):
     """Opens a temporary file, to fail early, and renames it to `path` when it is complete."""
     part = path.with_name(path.name + ".part")
@@ -294,7 +306,7 @@ def replacing(path):
         file = open(part, "wb")
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
-    with file:
+    with reporting_full_disk(path), file:
         yield file
     os.replace(part, path)
 

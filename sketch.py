@@ -22,6 +22,7 @@ Writes  --out        a sketch for each: float32 .npy [N, dim], one row per promp
 """
 
 import argparse
+import fcntl
 import glob
 import hashlib
 import json
@@ -44,7 +45,7 @@ import transformers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 
@@ -91,7 +92,7 @@ def response_logits(policy, prompts, responses, temperature):
 
     The policy is called twice: with the prompts, then with the responses, which share the cached keys and
     values of their prompt; gradients flow back through these. Prompts are padded on the left and masked,
-    responses on the right, after all real tokens: what shares a batch changes results by rounding only.
+    responses on the right, where no real token attends to it: what shares a batch changes only rounding.
     """
     n = len(responses) // len(prompts)
     tokens, exist = pad(prompts, "left", policy.device)  # [b, P]
@@ -105,7 +106,6 @@ def response_logits(policy, prompts, responses, temperature):
     if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
         inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]
-        # right padding may count as existing: no real token comes after it, so none attends to it
         exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
         positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
         later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
@@ -476,9 +476,12 @@ def check_arguments(args):
     if not len(args.rollouts) == len(args.out) == len(sidecars - outs):
         fail("--out", ", ".join(map(str, args.out)), f"{len(args.rollouts)} .npy files of different names",
              "name one for each of --rollouts")
+    vocabulary, longest = check_checkpoint(args.model)
     equal = []  # files whose prompts all have equal rewards
     for path in args.rollouts:
-        rewards = load_rollouts(path)["rewards"]
+        rollouts = load_rollouts(path)
+        check_fits(path, rollouts, vocabulary, longest)
+        rewards = rollouts["rewards"]
         if rewards.shape[1] < 2:
             fail(path, f"K = {rewards.shape[1]}", "K >= 2, to compare responses", "collect with --k 2")
         if not rewards.diff().any():
@@ -488,13 +491,37 @@ def check_arguments(args):
              "prompts with right and wrong responses", "collect more responses, or other prompts")
 
 
+def check_checkpoint(name):
+    """(vocabulary size, longest sequence) of a checkpoint; refuses a LoRA adapter.
+
+    longrope changes the frequencies of a whole batch if one of its sequences is longer than the model's first
+    pre-training had. A gradient must not depend on what shares its batch, so no sequence may be that long.
+    """
+    if (Path(name) / "adapter_config.json").exists():
+        fail(name, "a LoRA adapter", "a whole model", "merge it: peft's AutoPeftModelForCausalLM."
+             f"from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    except Exception as error:  # missing, damaged, of an unknown kind of model
+        fail(name, f"no usable config.json ({error})", "a Hugging Face checkpoint", "check --model")
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # some models have them for each type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            longest = min(longest, parameters["original_max_position_embeddings"])
+    return config.vocab_size, longest
+
+
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
     try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype),
+                                                      trust_remote_code=False).to(device).eval()
         if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
             raise ValueError("a recurrent state")
+        if not all(parameter.is_floating_point() for parameter in policy.parameters()):
+            raise ValueError("quantized weights, which have no gradient")
         return policy
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
@@ -556,6 +583,16 @@ def load_rollouts(path):
     return rollouts
 
 
+def check_fits(path, rollouts, vocabulary, longest):
+    """Refuses rollouts with token ids or lengths that the policy does not have."""
+    parts = [rollouts["prompt_tokens"], rollouts["response_tokens"]]
+    largest = max(int(part.max()) for part in parts if len(part))
+    length = int(rollouts["prompt_lengths"].max()) + rollouts["meta"]["max_new_tokens"]
+    if largest >= vocabulary or length > longest:
+        fail(path, f"token ids up to {largest} and sequences of up to {length} tokens",
+             f"ids below {vocabulary} and at most {longest} tokens", "collect with this model")
+
+
 def select_trajectories(rollouts, advantages, prompt, responses):
     """Trajectories of one prompt: `responses` are numbers of its K responses; advantages: [N, K]."""
     k = advantages.shape[1]
@@ -582,6 +619,20 @@ def prompt_sizes(rollouts, prompts):
     return {i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}
 
 
+class LogLines:
+    """A file for tqdm where stderr is no terminal: a line for each update, no carriage returns."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+BAR = {} if sys.stderr.isatty() else {"file": LogLines(), "mininterval": 60}
+
+
 def run_batches(work, plan, out, settings):
     """Saves work(batch) of each batch of a plan in OUT.HASH.parts, HASH of the settings.
 
@@ -593,7 +644,9 @@ def run_batches(work, plan, out, settings):
     parts = [folder / f"{number}.pt" for number in range(len(plan))]
     if out.is_dir():
         fail(out, "a folder, which cannot be written", "a file to write", "choose another --out")
-    for number in tqdm(range(RANK, len(plan), WORLD), str(out), unit="batch", delay=1, disable=RANK > 0):
+    lock(out)
+    numbers = range(RANK, len(plan), WORLD)
+    for number in tqdm(numbers, str(out), unit="batch", delay=1, disable=RANK > 0, **BAR):
         if not parts[number].exists():
             with replacing(parts[number]) as file:
                 torch.save(work(plan[number]), file)
@@ -602,12 +655,42 @@ def run_batches(work, plan, out, settings):
     return (torch.load(part, weights_only=True, mmap=True) for part in parts)
 
 
+LOCKS = []  # open files, whose locks end with this process
+
+
+def lock(out):
+    """One run per --out. If only torchrun was killed, its ranks work on and still hold the lock."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        LOCKS.append(open(out.with_name(out.name + ".lock"), "w"))
+        if RANK == 0:
+            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(out, "another run that is writing it", "one run per --out", "wait or choose another --out")
+    except OSError as error:
+        fail(out, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
+    if WORLD > 1:
+        torch.distributed.barrier()
+
+
 def remove_parts(outs):
-    """Removes the finished batches of this and of earlier, unfinished runs that had the same --out."""
+    """Removes locks, and finished batches of this and of earlier, unfinished runs that had the same --out."""
     if RANK == 0:
         for out in outs:
             for folder in out.parent.glob(f"{glob.escape(out.name)}.*.parts"):
                 shutil.rmtree(folder)
+            out.with_name(out.name + ".lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def reporting_full_disk(path):
+    """Reports a disk that becomes full while `path` is written; torch.save hides this in a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if shutil.disk_usage(path.parent).free > 2**20:
+            raise
+        fail(path, f"a full disk ({error})", "room for it", "free some, then run the same command again")
 
 
 @contextmanager
@@ -621,7 +704,7 @@ def replacing(path):
         file = open(part, "wb")
     except OSError as error:
         fail(path, f"a path that cannot be written ({error})", "a writable place", "choose another --out")
-    with file:
+    with reporting_full_disk(path), file:
         yield file
     os.replace(part, path)
 
@@ -672,6 +755,8 @@ def join_ranks(device):
     """Joins the other processes of torchrun, silences the libraries, returns this rank's device."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if RANK >= WORLD or (WORLD > 1 and "MASTER_ADDR" not in os.environ):
+        fail("RANK, WORLD_SIZE", f"{RANK}, {WORLD}", "those that torchrun sets", "unset both")
     if WORLD > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         if device == "cuda":
@@ -696,6 +781,9 @@ def fail(source, found, expected, hint):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command resumes it", file=sys.stderr)
+        sys.exit(130)
     except torch.OutOfMemoryError as error:
         fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for a micro-batch",
              "lower --batch-tokens")

@@ -43,7 +43,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -57,7 +57,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # ==== 1. The paper ==========================================================================================
@@ -113,7 +113,7 @@ def response_logits(policy, prompts, responses, temperature):
 
     The policy is called twice: with the prompts, then with the responses, which share the cached keys and
     values of their prompt; gradients flow back through these. Prompts are padded on the left and masked,
-    responses on the right, after all real tokens: what shares a batch changes results by rounding only.
+    responses on the right, where no real token attends to it: what shares a batch changes only rounding.
     """
     n = len(responses) // len(prompts)
     tokens, exist = pad(prompts, "left", policy.device)  # [b, P]
@@ -127,7 +127,6 @@ def response_logits(policy, prompts, responses, temperature):
     if targets.shape[1] > 1:
         cache.batch_repeat_interleave(n)
         inputs = targets[:, :-1]  # after inputs[:, t] comes targets[:, t + 1]
-        # right padding may count as existing: no real token comes after it, so none attends to it
         exist = torch.cat([exist.repeat_interleave(n, 0), torch.ones_like(inputs).bool()], 1)
         positions = exist.cumsum(1)[:, tokens.shape[1]:] - 1
         later = policy(inputs, attention_mask=exist.long(), position_ids=positions, past_key_values=cache)
@@ -211,7 +210,7 @@ def main():
     rollouts = load_rollouts(args.rollouts)
     selected = load_selection(args.select, len(rollouts["prompts"]))
     tests = {Path(path).stem: load_rollouts(path) for path in args.eval}
-    check_verifiers([rollouts, *tests.values()], args.verifier)
+    check_inputs([rollouts, *tests.values()], args)
     run = Run(args, selected)  # works in OUT.part: checkpoints, metrics, Ctrl-C
     if run.is_complete():
         return
@@ -221,7 +220,7 @@ def main():
     policy = build_policy(args.model, device, args.dtype)
     reference = build_policy(args.ref or args.model, device, args.dtype) if args.kl_coef else None
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
-    run.check_space(policy)
+    run.check_output(policy, tokenizer)
     state = run.resume(policy, optimizer)  # the steps that are done, the place in the order of prompts
     sampler.update(policy)
     if state.step == 0:  # counted over all phases; state.done: since --model
@@ -471,7 +470,7 @@ def load_vllm(name, dtype, kv_tokens, context):
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # float32 attention in float32, not in TF32
     gpu = torch.cuda.is_available()
     try:
-        config = AutoConfig.from_pretrained(name).get_text_config()
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         token = 2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize  # cache bytes
@@ -757,13 +756,37 @@ def load_rollouts(path):
     return rollouts
 
 
+def check_checkpoint(name):
+    """(vocabulary size, longest sequence) of a checkpoint; refuses a LoRA adapter.
+
+    longrope changes the frequencies of a whole batch if one of its sequences is longer than the model's first
+    pre-training had. A gradient must not depend on what shares its batch, so no sequence may be that long.
+    """
+    if (Path(name) / "adapter_config.json").exists():
+        fail(name, "a LoRA adapter", "a whole model", "merge it: peft's AutoPeftModelForCausalLM."
+             f"from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    except Exception as error:  # missing, damaged, of an unknown kind of model
+        fail(name, f"no usable config.json ({error})", "a Hugging Face checkpoint", "check --model")
+    longest = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # some models have them for each type of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            longest = min(longest, parameters["original_max_position_embeddings"])
+    return config.vocab_size, longest
+
+
 def load_policy(name, device, dtype):
     """The policy pi_theta in evaluation mode: dropout would make log-probs differ between passes."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention takes seconds for each new shape
     try:
-        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device).eval()
+        policy = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype),
+                                                      trust_remote_code=False).to(device).eval()
         if policy._is_stateful:  # Mamba, for example: its state is not in the KV cache that all stages share
             raise ValueError("a recurrent state")
+        if not all(parameter.is_floating_point() for parameter in policy.parameters()):
+            raise ValueError("quantized weights, which have no gradient")
         return policy
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no usable model ({error})", "a causal transformer with a KV cache", "choose another one")
@@ -828,9 +851,19 @@ def load_tokenizer(name):
         folder = Path(name)
         if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("vocab*")]:
             raise OSError("no tokenizer file")  # from which transformers would make an empty tokenizer
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen types here
         fail(name, f"no tokenizer ({error})", "a checkpoint with its tokenizer", "save the tokenizer there")
+
+
+def check_fits(path, rollouts, vocabulary, longest):
+    """Refuses rollouts with token ids or lengths that the policy does not have."""
+    parts = [rollouts["prompt_tokens"], rollouts["response_tokens"]]
+    largest = max(int(part.max()) for part in parts if len(part))
+    length = int(rollouts["prompt_lengths"].max()) + rollouts["meta"]["max_new_tokens"]
+    if largest >= vocabulary or length > longest:
+        fail(path, f"token ids up to {largest} and sequences of up to {length} tokens",
+             f"ids below {vocabulary} and at most {longest} tokens", "collect with this model")
 
 
 def load_selection(path, n):
@@ -844,8 +877,12 @@ def load_selection(path, n):
     return selected.tolist()
 
 
-def check_verifiers(sources, named):
-    """Refuses verifiers that are code which --verifier does not name, and a name that no file has."""
+def check_inputs(sources, args):
+    """Refuses rollouts that --model has not the tokens for, and verifiers that --verifier does not name."""
+    vocabulary, longest = check_checkpoint(args.model)
+    for path, source in zip([args.rollouts, *args.eval], sources):
+        check_fits(path, source, vocabulary, longest)
+    named = args.verifier
     found = {source["meta"]["verifier"] for source in sources}
     unnamed = found - {"exact", "math", named}
     if unnamed or named not in (None, *found):
@@ -865,6 +902,20 @@ def check_step(row, warn):
         print(f"train_grpo.py: warning: the sampler has {found}; try --dtype float32", file=sys.stderr)
 
 
+class LogLines:
+    """A file for tqdm where stderr is no terminal: a line for each update, no carriage returns."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+BAR = {} if sys.stderr.isatty() else {"file": LogLines(), "mininterval": 60}
+
+
 @dataclass
 class State:
     """Where a run is, besides the weights and AdamW's state."""
@@ -874,6 +925,22 @@ class State:
     position: int = 0  # in the order of prompts
     seconds: float = 0.0  # of this phase, without evaluation
     metrics: list = field(default_factory=list)  # rows of metrics.jsonl
+
+
+def whole_state(policy, optimizer):
+    """Unsharded weights and AdamW's state, on rank 0; the state is 0 where there was no gradient so far."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight not in optimizer.state:  # of an unused vision tower, for example; loading expects one
+                optimizer.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight),
+                                           "exp_avg_sq": torch.zeros_like(weight)}
+    return states.get_state_dict(policy, optimizer, options=WHOLE)
+
+
+def token_ids(config):
+    """A GenerationConfig with the special tokens of `config` alone: transformers writes no invalid ones."""
+    return GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id,
+                            pad_token_id=config.pad_token_id)
 
 
 class Run:
@@ -918,11 +985,19 @@ class Run:
             fail(self.out, f"a path that cannot be written ({error})", "a writable place",
                  "choose another --out")
 
-    def check_space(self, policy):
-        """Refuses a disk without room for the policy with AdamW's state and, if one is due, a checkpoint.
+    def check_output(self, policy, tokenizer):
+        """Refuses, before the first step, what could not be written after the last one.
 
-        A checkpoint that exists stays; all else in the folder is going to be replaced.
+        The disk must have room for the policy with AdamW's state and, if one is due, a checkpoint. An older
+        checkpoint stays; all else in the folder is going to be replaced.
         """
+        try:
+            for part in (policy.config, token_ids(policy.generation_config), tokenizer):
+                if RANK == 0:
+                    part.save_pretrained(self.part)
+        except Exception as error:  # transformers validates what it writes
+            fail(self.args.model, f"a configuration or tokenizer that cannot be written ({error})",
+                 "valid ones", "correct its files")
         # a tenth more for the tokenizer and for tied weights, which a sharded policy's checkpoint has twice
         needed = 3.3 * sum(p.numel() * p.element_size() for p in policy.parameters())
         contents = "the policy"
@@ -933,8 +1008,8 @@ class Run:
         replaced = sum(file.stat().st_size for file in self.part.iterdir() if file != checkpoint)
         free = shutil.disk_usage(self.part).free + replaced
         if free < needed:
-            fail(self.part, f"{free / 1e9:.1f} GB of free disk",
-                 f"{needed / 1e9:.1f} GB for {contents}, with AdamW's state", "free some, or change --out")
+            fail(self.part, f"{free / 1e9:.3g} GB of free disk",
+                 f"{needed / 1e9:.3g} GB for {contents}, with AdamW's state", "free some, or change --out")
 
     def resume(self, policy, optimizer):
         """Loads this run's checkpoint or, if there is none, --optimizer. Returns the State.
@@ -961,7 +1036,7 @@ class Run:
             os.replace(self.part / "new.json", self.part / "args.json")
         self.stop = StopRequest()
         self.progress = tqdm(desc=f"train {self.out}", initial=state.done, total=self.args.steps, unit="step",
-                             disable=RANK > 0)
+                             disable=RANK > 0, **BAR)
         return state
 
     def log(self, state, row):
@@ -969,7 +1044,8 @@ class Run:
         state.metrics.append({"step": state.step, "seconds": state.seconds, **row})
         if RANK == 0:
             lines = [json.dumps(row) + "\n" for row in state.metrics]
-            (self.part / "metrics.jsonl").write_text("".join(lines))
+            with reporting_full_disk(self.part):
+                (self.part / "metrics.jsonl").write_text("".join(lines))
         if "reward" in row:
             shown = {"reward": row["reward"], "zero_std": row["frac_reward_zero_std"]}
             self.progress.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
@@ -981,9 +1057,12 @@ class Run:
         due = self.stopped or state.done % self.args.save_every == 0
         if not due or state.done == self.args.steps:
             return
-        weights, moments = states.get_state_dict(policy, optimizer, options=WHOLE)
+        self.save_checkpoint(state, *whole_state(policy, optimizer))
+
+    def save_checkpoint(self, state, weights, moments):
         if RANK == 0:
-            torch.save({**asdict(state), "weights": weights, "optimizer": moments}, self.part / "new.pt")
+            with reporting_full_disk(self.part):
+                torch.save({**asdict(state), "weights": weights, "optimizer": moments}, self.part / "new.pt")
             os.replace(self.part / "new.pt", self.part / "checkpoint.pt")
 
     def finish(self, policy, optimizer, tokenizer, state):
@@ -994,16 +1073,23 @@ class Run:
                 print(f"{self.out}: stopped after step {state.done}; the same command resumes it",
                       file=sys.stderr)
             sys.exit(130)
-        weights, moments = states.get_state_dict(policy, optimizer, options=WHOLE)
+        weights, moments = whole_state(policy, optimizer)
         if RANK > 0:
             return
-        # sharded, tied weights come back as two: a whole model stores them once
-        trained = policy if WORLD == 1 else load_policy(self.args.model, "cpu", "float32")
-        trained.load_state_dict(weights)
-        trained.save_pretrained(self.part)
-        tokenizer.save_pretrained(self.part)
-        torch.save({"step": state.step, "position": state.position, "optimizer": moments},
-                   self.part / "optimizer.pt")
+        try:
+            with reporting_full_disk(self.part):
+                # sharded, tied weights come back as two: a whole model stores them once
+                trained = policy if WORLD == 1 else load_policy(self.args.model, "cpu", "float32")
+                trained.load_state_dict(weights)
+                trained.generation_config = token_ids(trained.generation_config)
+                trained.save_pretrained(self.part)
+                tokenizer.save_pretrained(self.part)
+                torch.save({"step": state.step, "position": state.position, "optimizer": moments},
+                           self.part / "optimizer.pt")
+        except Exception as error:  # the steps are not lost
+            self.save_checkpoint(state, weights, moments)
+            fail(self.part, f"a policy that cannot be written ({error!r})", "one that can",
+                 "the same command tries again, from checkpoint.pt")
         for leftover in ("checkpoint.pt", "lock"):
             (self.part / leftover).unlink(missing_ok=True)
         os.replace(self.part, self.out)
@@ -1012,6 +1098,17 @@ class Run:
         prompts = len(self.settings["selected"])
         print(f"{self.out}: {state.done} steps on {prompts} prompts, {state.seconds:.0f} s", *accuracies,
               sep="; ")
+
+
+@contextmanager
+def reporting_full_disk(path):
+    """Reports a disk that becomes full while `path` is written; torch.save hides this in a RuntimeError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if shutil.disk_usage(path.parent).free > 2**20:
+            raise
+        fail(path, f"a full disk ({error})", "room for it", "free some, then run the same command again")
 
 
 class StopRequest:
@@ -1040,6 +1137,8 @@ def join_ranks(device):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # an unparsable response has reward 0
+    if RANK >= WORLD or (WORLD > 1 and "MASTER_ADDR" not in os.environ):
+        fail("RANK, WORLD_SIZE", f"{RANK}, {WORLD}", "those that torchrun sets", "unset both")
     if WORLD > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -1066,6 +1165,9 @@ def fail(source, found, expected, hint):
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; the same command resumes it", file=sys.stderr)
+        sys.exit(130)
     except torch.OutOfMemoryError as error:
         fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for a micro-batch and the KV cache",
              "lower --batch-tokens or --kv-tokens, or use more GPUs")
