@@ -326,6 +326,7 @@ def parse_arguments():
              "k >= 0, temperature > 0, max-new-tokens >= 1", "see --help")
     if len(args.out) not in (1, len(args.data)):
         fail("--out", f"{len(args.out)} names", f"1 or {len(args.data)}", "name one for each of --data")
+    check_checkpoint(args.model)
     args.kv_tokens = args.kv_tokens or KV_TOKENS[args.engine]
     if args.verifier not in ("exact", "math"):
         load_function(args.verifier)  # fails early
@@ -686,7 +687,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; the same command resumes it", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
         fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for the KV cache", "lower --kv-tokens")

@@ -319,4 +319,8 @@ def fail(source, found, expected, hint):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

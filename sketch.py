@@ -782,7 +782,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; the same command resumes it", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
         fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for a micro-batch",

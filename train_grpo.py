@@ -219,7 +219,7 @@ def main():
     sampler = Sampler(args, device, tokenizer, [rollouts, *tests.values()])  # vLLM starts on an empty GPU
     policy = build_policy(args.model, device, args.dtype)
     reference = build_policy(args.ref or args.model, device, args.dtype) if args.kl_coef else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr)
+    optimizer = build_optimizer(policy, args.lr)  # AdamW
     run.check_output(policy, tokenizer)
     state = run.resume(policy, optimizer)  # the steps that are done, the place in the order of prompts
     sampler.update(policy)
@@ -927,14 +927,17 @@ class State:
     metrics: list = field(default_factory=list)  # rows of metrics.jsonl
 
 
-def whole_state(policy, optimizer):
-    """Unsharded weights and AdamW's state, on rank 0; the state is 0 where there was no gradient so far."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if weight not in optimizer.state:  # of an unused vision tower, for example; loading expects one
-                optimizer.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight),
-                                           "exp_avg_sq": torch.zeros_like(weight)}
-    return states.get_state_dict(policy, optimizer, options=WHOLE)
+def build_optimizer(policy, lr):
+    """AdamW with the state of every parameter, zeros.
+
+    By default a parameter has none before its first gradient (an unused vision tower never gets one), and
+    `states` can't load what is missing.
+    """
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
+    for weight in policy.parameters():
+        optimizer.state[weight] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight),
+                                   "exp_avg_sq": torch.zeros_like(weight)}
+    return optimizer
 
 
 def token_ids(config):
@@ -986,18 +989,22 @@ class Run:
                  "choose another --out")
 
     def check_output(self, policy, tokenizer):
-        """Refuses, before the first step, what could not be written after the last one.
-
-        The disk must have room for the policy with AdamW's state and, if one is due, a checkpoint. An older
-        checkpoint stays; all else in the folder is going to be replaced.
-        """
+        """Refuses, before the first step, what could not be written after the last one."""
+        self.check_space(policy)
+        if RANK > 0:
+            return
         try:
             for part in (policy.config, token_ids(policy.generation_config), tokenizer):
-                if RANK == 0:
-                    part.save_pretrained(self.part)
+                part.save_pretrained(self.part)
         except Exception as error:  # transformers validates what it writes
             fail(self.args.model, f"a configuration or tokenizer that cannot be written ({error})",
                  "valid ones", "correct its files")
+
+    def check_space(self, policy):
+        """Refuses a disk without room for the policy with AdamW's state and, if one is due, a checkpoint.
+
+        A checkpoint that exists stays; all else in the folder is going to be replaced.
+        """
         # a tenth more for the tokenizer and for tied weights, which a sharded policy's checkpoint has twice
         needed = 3.3 * sum(p.numel() * p.element_size() for p in policy.parameters())
         contents = "the policy"
@@ -1048,7 +1055,8 @@ class Run:
                 (self.part / "metrics.jsonl").write_text("".join(lines))
         if "reward" in row:
             shown = {"reward": row["reward"], "zero_std": row["frac_reward_zero_std"]}
-            self.progress.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+            shown = {name: f"{value:.2f}" for name, value in shown.items()}
+            self.progress.set_postfix(shown, refresh=False)
             self.progress.update()
 
     def save_if_due(self, policy, optimizer, state):
@@ -1057,7 +1065,7 @@ class Run:
         due = self.stopped or state.done % self.args.save_every == 0
         if not due or state.done == self.args.steps:
             return
-        self.save_checkpoint(state, *whole_state(policy, optimizer))
+        self.save_checkpoint(state, *states.get_state_dict(policy, optimizer, options=WHOLE))
 
     def save_checkpoint(self, state, weights, moments):
         if RANK == 0:
@@ -1073,7 +1081,7 @@ class Run:
                 print(f"{self.out}: stopped after step {state.done}; the same command resumes it",
                       file=sys.stderr)
             sys.exit(130)
-        weights, moments = whole_state(policy, optimizer)
+        weights, moments = states.get_state_dict(policy, optimizer, options=WHOLE)
         if RANK > 0:
             return
         try:
@@ -1166,7 +1174,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; the same command resumes it", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
         fail(f"rank {RANK}", f"too little GPU memory ({error})", "room for a micro-batch and the KV cache",

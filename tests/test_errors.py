@@ -3,10 +3,13 @@
 import contextlib
 import importlib.util
 import json
+import os
 import pickle
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,7 +195,7 @@ def test_no_prompt_with_a_variance(files, refuses, tmp_path):
     refuses(sketch, "--model", files["base"], "--rollouts", flat,
             names=flat, says="no prompt with unequal rewards")
     refuses(score, "--method", "passrate", "--rollouts", flat,
-            names=flat, says="no prompt with a reward variance")
+            names=flat, says="no prompt with unequal rewards")
 
 
 def test_no_validation_set_with_a_variance(files, call, tmp_path, monkeypatch):
@@ -252,7 +255,7 @@ def test_model_folder_without_tokenizer_or_model(files, refuses, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     refuses(sketch, "--model", empty, "--rollouts", files["rollouts"],
-            names=empty, says="found no usable model")
+            names=empty, says="found no usable config.json")
 
 
 @pytest.mark.parametrize("stage, place, flag", [
@@ -390,3 +393,93 @@ def test_exit_code_of_a_process(tmp_path):
 def test_help(script):
     done = run_script(script, "--help")
     assert done.returncode == 0 and "Reads" in done.stdout and "Writes" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("stage", ["collect", "sketch", "score"])
+def test_disk_that_becomes_full(stage, files, call, tmp_path, monkeypatch):
+    """The output is written to a device that is always full; after that the same command works."""
+    out = tmp_path / "out.npy"
+    arguments = {
+        "collect": (collect, "--model", files["base"], "--data", files["data"], "--max-new-tokens", 4,
+                    "--limit", 2, "--verifier", "exact"),
+        "sketch": (sketch, "--model", files["base"], "--rollouts", files["rollouts"], "--dim", 64),
+        "score": (score, "--train", files["train"], "--val", files["val"])}[stage]
+    part = out.with_name("out.npy.part")
+    part.symlink_to("/dev/full")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)._replace(free=0)
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        code, _, error = call(*arguments, "--out", out)
+    assert code == 2 and f"{out}: found a full disk" in error.splitlines()[-1] and "Traceback" not in error
+    part.unlink()
+    getattr(arguments[0], "LOCKS", []).clear()  # as the end of the process would do
+    assert call(*arguments, "--out", out)[0] == 0 and out.exists()
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(RuntimeError, match="of its own"), collect.replacing(tmp_path / "out"):
+        raise RuntimeError("of its own")
+
+
+@pytest.mark.parametrize("stage", ["collect", "sketch"])
+def test_one_writer(stage, files, call, tmp_path):
+    """Another process holds the lock, as the ranks of a killed torchrun would."""
+    out = tmp_path / "out"
+    arguments = {
+        "collect": (collect, "--model", files["base"], "--data", files["data"], "--max-new-tokens", 4,
+                    "--limit", 2, "--verifier", "exact"),
+        "sketch": (sketch, "--model", files["base"], "--rollouts", files["rollouts"], "--dim", 64)}[stage]
+    program = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); input()"
+    with subprocess.Popen([sys.executable, "-c", f"{program}; print()", f"{out}.lock"], text=True,
+                          stdin=subprocess.PIPE) as other:
+        while not Path(f"{out}.lock").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        code, _, error = call(*arguments, "--out", out)
+        assert code == 2 and "another run that is writing it" in error and not list(tmp_path.glob("*.parts"))
+        other.communicate("\n")
+    assert call(*arguments, "--out", out)[0] == 0
+    assert not Path(f"{out}.lock").exists()
+
+
+@pytest.mark.parametrize("stage", ["collect", "sketch", "score", "train_grpo"])
+def test_ctrl_c(stage, tmp_path):
+    """One line and exit code 130, as of a program that SIGINT has ended."""
+    program = """import runpy, sys
+import argparse
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+argparse.ArgumentParser.parse_args = interrupt
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+    command = [sys.executable, "-c", program, ROOT / f"{stage}.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == f"{stage}.py: stopped; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize("rank, world_size", [("1", "1"), ("0", "2"), ("3", "2")])
+def test_ranks_that_torchrun_did_not_set(rank, world_size, files, tmp_path):
+    """Left in the environment by a cluster: RANK=1 WORLD_SIZE=1 would collect nothing."""
+    environment = {**os.environ, "RANK": rank, "WORLD_SIZE": world_size}
+    arguments = {"collect.py": ["--data", files["data"], "--max-new-tokens", 4],
+                 "sketch.py": ["--rollouts", files["rollouts"]],
+                 "train_grpo.py": ["--rollouts", files["rollouts"], "--select", files["selected"],
+                                   "--steps", 1]}
+    for script, inputs in arguments.items():
+        command = [sys.executable, ROOT / script, "--model", files["base"], "--out", tmp_path / "x", *inputs]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"RANK, WORLD_SIZE: found {rank}, {world_size}; expected those that torchrun" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_in_a_log_file(files, tmp_path):
+    """Lines, at most one a minute, and no carriage return."""
+    arguments = ["--rollouts", files["rollouts"], "--select", files["selected"], "--steps", 30,
+                 "--batch-size", 2, "--group", 2, "--out", tmp_path / "policy", "--model", files["base"]]
+    done = run_script("train_grpo.py", *arguments)
+    assert done.returncode == 0 and "\r" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert 1 <= len(lines) <= 3 and all(line.startswith(f"train {tmp_path / 'policy'}: ") for line in lines)
+    assert "30/30" in lines[-1]
