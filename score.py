@@ -289,10 +289,10 @@ def reporting_full_disk(path):
     """Reports a disk that becomes full while `path` is written; torch.save hides this in a RuntimeError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError):
         if shutil.disk_usage(path.parent).free > 2**20:
             raise
-        fail(path, f"a full disk ({error})", "room for it", "free some, then run the same command again")
+        fail(path, "a full disk", "room for it", "free some, then run the same command again")
 
 
 @contextmanager

@@ -880,6 +880,7 @@ def load_selection(path, n):
 def check_inputs(sources, args):
     """Refuses rollouts that --model has not the tokens for, and verifiers that --verifier does not name."""
     vocabulary, longest = check_checkpoint(args.model)
+    check_checkpoint(args.ref or args.model)
     for path, source in zip([args.rollouts, *args.eval], sources):
         check_fits(path, source, vocabulary, longest)
     named = args.verifier
@@ -1113,10 +1114,10 @@ def reporting_full_disk(path):
     """Reports a disk that becomes full while `path` is written; torch.save hides this in a RuntimeError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError):
         if shutil.disk_usage(path.parent).free > 2**20:
             raise
-        fail(path, f"a full disk ({error})", "room for it", "free some, then run the same command again")
+        fail(path, "a full disk", "room for it", "free some, then run the same command again")
 
 
 class StopRequest:

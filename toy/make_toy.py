@@ -184,7 +184,7 @@ def train_base(folder: Path, makers: list, held_out: set, steps: int, rng: rando
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR)
-    for step in tqdm(range(steps), desc="base policy (made once)", unit="step"):
+    for step in tqdm(range(steps), desc="base policy (made once)", unit="step", disable=None):
         for group in optimizer.param_groups:  # 50 steps of warm-up, decay to 0 in the last 30%
             group["lr"] = SFT_LR * min(1.0, (step + 1) / 50, (steps - step) / (0.3 * steps))
         rows = []
