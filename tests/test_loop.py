@@ -196,6 +196,19 @@ def test_candidates_below_alpha_are_refused(tmp_path):
         assert (done.returncode == 2 and "CANDIDATES" in done.stderr) == refused
 
 
+def test_plot_prints_what_stdout_cannot_show(micro_run, tmp_path):
+    for name in ("rollouts", "cropi"):
+        shutil.copytree(micro_run[0] / name, tmp_path / name)
+    rollouts = torch.load(tmp_path / "rollouts/train.pt", weights_only=True)
+    rollouts["answers"] = ["\u221a2"] * len(rollouts["answers"])
+    torch.save(rollouts, tmp_path / "rollouts/train.pt")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for more in ({"PYTHONIOENCODING": "ascii"}, locale):
+        done = subprocess.run([sys.executable, ROOT / "plot.py", tmp_path / "cropi", "--out", tmp_path],
+                              capture_output=True, text=True, env={**os.environ, **more})
+        assert done.returncode == 0 and "(answer \\u221a2)" in done.stdout, done.stderr
+
+
 def test_dapo_and_candidates_in_the_loop(micro_run, world, tmp_path):
     """The loop with METHOD=dapo and, in the same folder, CROPI on a half of the pool in each phase."""
     run_loop(tmp_path, world, METHOD="cropi", BASELINE="dapo", CANDIDATES="0.5", EVAL_TEMPERATURE="0")
