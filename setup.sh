@@ -14,6 +14,14 @@ die() { # MESSAGE...: reports an error and exits
 
 # ---- before a run --------------------------------------------------------------------------------------
 
+load_preset() { # reads PRESET, a file in the current folder or else in the project's folder
+    local file=$PRESET
+    [ -f "$file" ] || file=$ROOT/$PRESET
+    [ -f "$file" ] || die "PRESET $PRESET: no such file; name an existing one: presets/qwen2.5-1.5b.sh, say"
+    . "$(dirname "$file")/$(basename "$file")" # with a slash: bash looks for a plain name in PATH
+}
+
+
 read_methods() { # makes the array methods: BASELINE's and METHOD's, each once
     local method
     methods=()
@@ -67,15 +75,15 @@ check_candidates() { # CANDIDATES may be a quotient such as 1/3
 }
 
 choose_engine() { # makes the default of ENGINE explicit
-    if [ -z "$ENGINE" ] && [ -n "$GPU" ]; then
-        ENGINE=vllm
-    fi
+    ENGINE=${ENGINE:-${GPU:+vllm}}
     ENGINE=${ENGINE:-hf}
 }
 
 # Makes the array launch, the start of a command that runs on NPROC ranks. On Ctrl-C a rank finishes its step
-# and saves a checkpoint before it is killed: hence the long timeout.
+# and saves a checkpoint before it is killed: hence the long timeout. Only this launcher may tell a stage its
+# rank: with RANK=1 left in the environment, a stage would leave its work to another rank.
 choose_launcher() {
+    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
     launch=("$PYTHON")
     if [ "$NPROC" -ne 1 ]; then
         launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC" --shutdown_timeout 1800)
@@ -83,9 +91,7 @@ choose_launcher() {
 }
 
 print_plan() { # what the run does, and what it writes
-    if [ -n "$DRY_RUN" ]; then
-        return 0
-    fi
+    [ -z "$DRY_RUN" ] || return 0
     echo "$MODEL: ${BASELINE:+$BASELINE and }$METHOD, $PHASES phases of $STEPS GRPO steps"
     echo "  once: collect $K responses per train prompt and $K_VAL per validation prompt"
     echo "  in each phase: select (influence, cropi: sketch, score; ALPHA = $ALPHA), train"
@@ -207,8 +213,9 @@ print_time_left() {
 }
 
 # ---- the Python ----------------------------------------------------------------------------------------
-# Sets PYTHON to the Python of .venv, which is made on first use, unless the user has set PYTHON. If
-# nvidia-smi works, sets GPU=1 and installs vLLM as well. DRY_RUN installs nothing.
+# Sets ROOT, the project's folder, and PYTHON, the Python of its .venv, which is made on first use, unless the
+# user has set PYTHON. If nvidia-smi works, sets GPU=1 and installs vLLM as well. DRY_RUN installs nothing.
+ROOT=$(dirname "${BASH_SOURCE[0]}")
 PYTHON=${PYTHON:-}
 GPU=
 requirements=requirements.txt
@@ -217,7 +224,7 @@ if nvidia-smi >/dev/null 2>&1; then
     requirements=requirements-vllm.txt
 fi
 if [ -n "${DRY_RUN:-}" ]; then
-    PYTHON=${PYTHON:-.venv/bin/python}
+    PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
     return 0
 fi
 if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -226,12 +233,13 @@ if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))';
     exit 2
 fi
 if [ -z "$PYTHON" ]; then
-    PYTHON=.venv/bin/python
-    if [ "$(cat requirements.txt $requirements)" != "$(cat .venv/installed 2>/dev/null)" ]; then
+    PYTHON=$ROOT/.venv/bin/python
+    wanted=$(cat "$ROOT/requirements.txt" "$ROOT/$requirements")
+    if [ "$wanted" != "$(cat "$ROOT/.venv/installed" 2>/dev/null)" ]; then
         echo "Installing $requirements into .venv (once)"
-        python3 -m venv .venv
-        .venv/bin/pip install --quiet --disable-pip-version-check -r $requirements
-        cat requirements.txt $requirements >.venv/installed
+        python3 -m venv "$ROOT/.venv"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$requirements"
+        echo "$wanted" >"$ROOT/.venv/installed"
     fi
 fi
 export TOKENIZERS_PARALLELISM=false

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -122,7 +123,7 @@ def test_seconds_of_a_stage_count_its_stopped_attempts(tmp_path):
     """The first attempt fails and the second is stopped, each after a second; the third succeeds at once."""
     fake = tmp_path / "python"
     fake.write_text(f"""#!/bin/bash
-[ "$1" = collect.py ] || exec {sys.executable} "$@"
+[[ $1 = */collect.py ]] || exec {sys.executable} "$@"
 attempt=$(cat {tmp_path}/attempt)
 [ $attempt -lt 3 ] || {{ grep -q train.pt <<<"$*" && exit 0; exit 1; }}
 sleep 1
@@ -194,6 +195,76 @@ def test_candidates_below_alpha_are_refused(tmp_path):
         done = subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True,
                               env={**os.environ, "DRY_RUN": "1", "ALPHA": "0.1", "CANDIDATES": candidates})
         assert (done.returncode == 2 and "CANDIDATES" in done.stderr) == refused
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """quick(**knobs): run_cropi.sh in a folder with inputs, by stages that only log their rank and command.
+
+    The loop and its stages find the folder as their current one; LIMIT is the largest file of the loop, in
+    bytes, from the end of stage number FULL on.
+    """
+    mine = tmp_path / "my folder"
+    (mine / "ckpt").mkdir(parents=True)
+    for name in ("ckpt/config.json", "ckpt/model.safetensors", "a.jsonl", "v.jsonl", "t.jsonl", "check.py"):
+        (mine / name).write_text("1\n")
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+[ "$1" != -c ] || exec {sys.executable} "$@"
+rank="${{RANK-no rank}} ${{WORLD_SIZE-}}${{LOCAL_RANK-}}${{MASTER_ADDR-}}${{MASTER_PORT-}}"
+echo "$rank $PWD $*" >>"{tmp_path}/log"
+if [ "$(wc -l <"{tmp_path}/log")" = "${{FULL-}}" ]; then prlimit --pid $PPID --fsize=$LIMIT; fi
+""")
+    python.chmod(0o755)
+    settings = {"PYTHON": str(python), "MODEL": "ckpt", "TRAIN": "a.jsonl", "VAL": "v=v.jsonl",
+                "TEST": "t=t.jsonl", "VERIFIER": "check.py:reward", "RUN": "run", "PHASES": "2"}
+
+    def quick(script=ROOT / "run_cropi.sh", limit=None, **knobs):
+        (tmp_path / "log").write_text("")
+        limit_files = None
+        if limit is not None:
+            def limit_files():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        done = subprocess.run(["bash", script], cwd=mine, capture_output=True, text=True,
+                              restore_signals=False,  # SIGXFSZ stays ignored: writing fails as on a full disk
+                              preexec_fn=limit_files, env={**os.environ, **settings, **knobs})
+        return done, (tmp_path / "log").read_text().splitlines()
+
+    quick.folder = mine
+    return quick
+
+
+def refused(done, *words):
+    """Whether the loop ended with exit code 2 and one line that has all the words."""
+    one_line = done.stderr.startswith("run_cropi.sh: error: ") and done.stderr.count("\n") == 1
+    return done.returncode == 2 and one_line and all(word in done.stderr for word in words)
+
+
+def test_relative_paths_are_those_of_the_caller(quick, tmp_path):
+    """From another folder, through a symbolic link: inputs and RUN are there, the stages the project's."""
+    link = tmp_path / "bin/cropi"
+    link.parent.mkdir()
+    link.symlink_to(os.path.relpath(ROOT / "run_cropi.sh", link.parent))
+    done, log = quick(link)
+    assert done.returncode == 0, done.stderr
+    assert len(log) == 10 and all(line.startswith(f"no rank  {quick.folder} {ROOT}/") for line in log)
+    assert "--model ckpt " in log[0] and any("--data t.jsonl --out run/rollouts/t.pt" in line for line in log)
+    assert (quick.folder / "run/cropi/phase-1").is_dir()
+    (quick.folder / "my.sh").write_text("ALPHA=0.23\n")
+    (link.parent / "my.sh").write_text("ALPHA=0.24\n")
+    path = f"{link.parent}:{os.environ['PATH']}"  # where bash looks for a plain name first
+    for preset, expected in (("my.sh", "--alpha 0.23"), (str(link.parent / "my.sh"), "--alpha 0.24"),
+                             ("presets/qwen2.5-7b.sh", "--max-new-tokens 4096")):
+        done, _ = quick(DRY_RUN="1", PRESET=preset, PATH=path)
+        assert done.returncode == 0 and expected in done.stdout
+    done, _ = quick(DRY_RUN="1", MODEL="Qwen/Qwen2.5-1.5B-Instruct", SKETCH="check.py")
+    assert "--model Qwen/Qwen2.5-1.5B-Instruct " in done.stdout and "python check.py --model" in done.stdout
+
+
+def test_rank_left_in_the_environment_reaches_no_stage(quick):
+    left = {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done, log = quick(**left)
+    assert done.returncode == 0 and len(log) == 10 and all(line.startswith("no rank  /") for line in log)
 
 
 def test_plot_prints_what_stdout_cannot_show(micro_run, tmp_path):
