@@ -84,10 +84,12 @@ lock_folder "$ROLLOUTS" wait
 if [ -n "${TOY:-}" ] && [ "$MODEL" = "$TOY/base" ]; then # of presets/toy.sh
     run_stage "$TOY" world "$PYTHON" "$ROOT/toy/make_toy.py" --out "$TOY" --seed "$SEED" --targeted $TARGETED
 fi
+list_files                            # sets files: the size and time of every local input
 
 # ---- stage 1, once: rollouts of the base policy --------------------------------------------------------
-record_settings "$ROLLOUTS" MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K \
-    K_VAL TEMPERATURE MAX_NEW_TOKENS ENGINE DTYPE SEED
+rollout_knobs="MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K K_VAL TEMPERATURE
+    MAX_NEW_TOKENS ENGINE DTYPE SEED"
+record_settings "$ROLLOUTS" $rollout_knobs
 
 collect() { # NAME K ARGUMENT...
     local name=$1
@@ -114,15 +116,16 @@ run_method() { # METHOD
     local objective=()
     local m phase name val_sketches
     lock_folder "$folder" refuse
-    record_settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX SKETCH RRF_C BATCH GROUP \
-        TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+    record_settings "$folder" $rollout_knobs PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX SKETCH RRF_C \
+        BATCH GROUP TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE \
+        SAVE_EVERY
     if [ "$method" = dapo ]; then
         objective=(--dynamic-sampling --token-mean)
     fi
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
         echo "== $method, phase $m of $PHASES =="
-        [ -n "$DRY_RUN" ] || mkdir -p "$phase"
+        make_folder "$phase"
 
         if [ "$method" = influence ] && [ "$m" -gt 0 ]; then # it selects once
             run_stage "$folder" "phase-$m-score" cp "$folder/phase-0/selected.npy" "$phase/selected.npy"

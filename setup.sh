@@ -102,16 +102,28 @@ print_plan() { # what the run does, and what it writes
 
 # ---- during a run --------------------------------------------------------------------------------------
 
+make_folder() { # FOLDER
+    [ -n "$DRY_RUN" ] || mkdir -p "$1" 2>/dev/null || die_unwritten "$1"
+}
+
+# replace_file FILE TEXT: where the disk is full, it fails and FILE stays as it was, never empty or cut
+replace_file() {
+    { printf '%s\n' "$2" >"$1.part" && mv -f "$1.part" "$1"; } 2>/dev/null
+}
+
+die_unwritten() { # FILE
+    die "$1: could not be written; expected space and permission; free space, or set RUN to another folder"
+}
+
 # lock_folder FOLDER wait|refuse: what to do while another run_cropi.sh writes to FOLDER. Methods of one RUN
 # may run side by side: each locks its own folder, and the first one collects. The stages of a killed run hold
 # its lock until they have exited, so try for 5 seconds.
 lock_folder() {
     local folder=$1
     local otherwise=$2
-    if [ -n "$DRY_RUN" ]; then
-        return 0
-    fi
-    mkdir -p "$folder"
+    [ -z "$DRY_RUN" ] || return 0
+    make_folder "$folder"
+    touch "$folder/lock" 2>/dev/null || die_unwritten "$folder/lock"
     exec 9>"$folder/lock"
     if ! command -v flock >/dev/null || flock -w 5 9; then
         return 0
@@ -123,27 +135,45 @@ lock_folder() {
     flock 9
 }
 
-# record_settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt. If that file exists with
-# other values, stops with an error.
+# list_files: sets files, a line for each local file of MODEL, VERIFIER and the data sets: its size and its
+# time of change. (A hash of large weights takes minutes.) cp -p and rsync -a keep the times in a copy.
+list_files() {
+    [ -z "$DRY_RUN" ] || return 0
+    files=$(PYTHONIOENCODING=utf-8:surrogateescape "$PYTHON" -c '
+import sys, time
+from pathlib import Path
+for name in sys.argv[1:]:
+    path = Path(name if Path(name).exists() else name.partition(":")[0])  # of file.py:function, folder:config
+    for file in sorted([path, *path.glob("*"), *path.glob("data/*")]):
+        if file.is_file() and not file.name.startswith("."):
+            changed = time.gmtime(file.stat().st_mtime)
+            print(file, file.stat().st_size, "bytes", time.strftime("%Y-%m-%dT%H:%M:%SZ", changed))
+' "$MODEL" "$VERIFIER" $TRAIN "${val_sources[@]}" ${test_sources[@]+"${test_sources[@]}"})
+}
+
+# record_settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt and files to FOLDER/files.txt.
+# If these exist with other contents, stops with an error. All of RUN depends on the rollouts, so the hint for
+# these is to remove RUN.
 record_settings() {
     local folder=$1
     local text=
     local name
-    if [ -n "$DRY_RUN" ]; then
-        return 0
-    fi
+    [ -z "$DRY_RUN" ] || return 0
     shift
     for name in "$@"; do
         text="$text$name=${!name}"$'\n'
     done
-    mkdir -p "$folder"
-    if [ ! -e "$folder/settings.txt" ]; then
-        printf '%s' "$text" >"$folder/settings.txt"
-    fi
-    if [ "$text" != "$(cat "$folder/settings.txt")"$'\n' ]; then
-        die "$folder holds a run with other settings (< stored, > requested):" \
-            "$(printf '%s' "$text" | diff "$folder/settings.txt" - | grep '^[<>]' | tr '\n' ' ');" \
-            "use the stored settings, remove $folder, or set RUN to another folder"
+    record "$folder/settings.txt" "${text%$'\n'}" "use the stored settings, remove ${folder%/rollouts}"
+    record "$folder/files.txt" "$files" \
+        "if the contents are the same, remove only $folder/files.txt; else remove ${folder%/rollouts}"
+}
+
+record() { # FILE TEXT HINT
+    [ -s "$1" ] || replace_file "$1" "$2" || die_unwritten "$1"
+    if [ "$2" != "$(cat "$1")" ]; then
+        die "$1 differs from what this run has (< stored, > requested):" \
+            "$(printf '%s\n' "$2" | diff "$1" - | grep '^[<>]' | tr '\n' ' ');" \
+            "$3, or set RUN to another folder"
     fi
 }
 
@@ -153,7 +183,7 @@ record_settings() {
 run_stage() {
     local folder=$1
     local name=$2
-    local line
+    local line rows
     shift 2
     if [ -n "$DRY_RUN" ]; then
         echo "+$(printf ' %q' "$@")"
@@ -164,14 +194,15 @@ run_stage() {
     fi
     line=$(printf '%q ' "$@")
     if ! grep -qxF -- "$line" "$RUN/commands.txt" 2>/dev/null; then
-        printf '%s\n' "$line" >>"$RUN/commands.txt"
+        { printf '%s\n' "$line" >>"$RUN/commands.txt"; } 2>/dev/null || die_unwritten "$RUN/commands.txt"
     fi
-    mkdir -p "$folder"
+    make_folder "$folder"
     began=$("$PYTHON" -c 'import time; print(time.time())') # not local: the trap needs both
     attempts=$folder/$name.seconds
-    trap 'spent=$(stage_seconds); echo "$spent" >"$attempts"' EXIT
+    trap 'replace_file "$attempts" "$(stage_seconds)" || true' EXIT
     "$@"
-    printf '%s\t%s\n' "$name" "$(stage_seconds)" >>"$folder/seconds.tsv"
+    rows=$(cat "$folder/seconds.tsv" 2>/dev/null || true; printf '%s\t%s' "$name" "$(stage_seconds)")
+    replace_file "$folder/seconds.tsv" "$rows" || die_unwritten "$folder/seconds.tsv"
     trap - EXIT
     rm -f "$attempts"
 }

@@ -261,10 +261,58 @@ def test_relative_paths_are_those_of_the_caller(quick, tmp_path):
     assert "--model Qwen/Qwen2.5-1.5B-Instruct " in done.stdout and "python check.py --model" in done.stdout
 
 
+def test_changed_inputs_are_refused(quick):
+    """A file that has another size or another time; in each case the message names that file alone."""
+    names = ["ckpt/config.json", "ckpt/model.safetensors", "a.jsonl", "v.jsonl", "t.jsonl", "check.py"]
+    assert quick()[0].returncode == 0
+    for name in names:
+        file = quick.folder / name
+        for content, later in (("2\n", 10), ("10\n", 0)):
+            times = file.stat()
+            file.write_text(content)
+            os.utime(file, (times.st_atime, times.st_mtime + later))
+            done, log = quick()
+            assert refused(done, f"< {name} 2 bytes", f"> {name} {len(content)} bytes", "remove run,")
+            assert not log
+            assert [other for other in names if f" {other} " in done.stderr] == [name]
+            file.write_text("1\n")
+            os.utime(file, (times.st_atime, times.st_mtime))
+    (quick.folder / "ckpt/generation_config.json").write_text("{}")
+    assert refused(quick()[0], "> ckpt/generation_config.json 2 bytes")
+    (quick.folder / "ckpt/generation_config.json").unlink()
+    done, log = quick()
+    assert done.returncode == 0 and len(log) == 1 and "/plot.py run/cropi --out run" in log[0]
+    shutil.rmtree(quick.folder / "run/rollouts")  # what was made from these rollouts is not used with others
+    assert refused(quick(K="4")[0], "run/cropi/settings.txt", "K=4")
+
+
 def test_rank_left_in_the_environment_reaches_no_stage(quick):
     left = {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     done, log = quick(**left)
     assert done.returncode == 0 and len(log) == 10 and all(line.startswith("no rank  /") for line in log)
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="needs prlimit of util-linux")
+def test_full_disk_ends_the_loop_in_one_line(quick):
+    """No byte, or a few, can be written: at the start, or after the given stage. The rerun ends the run."""
+    for limit in (0, 7):
+        for full in range(7):
+            shutil.rmtree(quick.folder / "run", ignore_errors=True)
+            if full == 0:
+                done, _ = quick(limit=limit, PHASES="1")
+            else:
+                done, _ = quick(FULL=str(full), LIMIT=str(limit), PHASES="1")
+            assert refused(done, "could not be written"), (limit, full, done.stderr)
+            done, _ = quick(PHASES="1")
+            assert done.returncode == 0, (limit, full, done.stderr)
+            for folder, stages in (("rollouts", 3), ("cropi", 3)):
+                rows = (quick.folder / "run" / folder / "seconds.tsv").read_text().splitlines()
+                assert len(rows) == stages and all(float(row.split("\t")[1]) >= 0 for row in rows)
+                assert "SEED=0\n" in (quick.folder / "run" / folder / "settings.txt").read_text()
+    (quick.folder / "file").write_text("")
+    assert refused(quick(RUN="file/run")[0], "file/run/rollouts: could not be written")
+    (quick.folder / "other/commands.txt").mkdir(parents=True)
+    assert refused(quick(RUN="other")[0], "other/commands.txt: could not be written")
 
 
 def test_plot_prints_what_stdout_cannot_show(micro_run, tmp_path):
