@@ -74,11 +74,11 @@ SEED=${SEED:-0}                       # random seed
 # runs the command unless FOLDER/seconds.tsv says that NAME is done.
 set -f                                # sources such as train[:-100] are no patterns
 ROLLOUTS=$RUN/rollouts
+check_knobs
 choose_engine                         # sets ENGINE
 choose_launcher                       # sets launch, which starts a command on NPROC ranks
 read_methods                          # sets methods
 read_data_sets                        # sets val_names, val_sources, val_rollouts, test_sources, test_rollouts
-check_candidates
 print_plan
 lock_folder "$ROLLOUTS" wait
 if [ -n "${TOY:-}" ] && [ "$MODEL" = "$TOY/base" ]; then # of presets/toy.sh
@@ -101,11 +101,12 @@ collect() { # NAME K ARGUMENT...
         --engine "$ENGINE" ${KV_TOKENS:+--kv-tokens "$KV_TOKENS"} --dtype "$DTYPE" --seed "$SEED" "$@"
 }
 
-collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
-collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
-if [ -n "$TEST" ]; then
+# The cheapest first: a wrong source ends the run before the train prompts are sampled.
+if [ ${#test_sources[@]} -gt 0 ]; then
     collect test 0 --data "${test_sources[@]}" --out "${test_rollouts[@]}"
 fi
+collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
+collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
 
 # ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD

@@ -21,6 +21,38 @@ load_preset() { # reads PRESET, a file in the current folder or else in the proj
     . "$(dirname "$file")/$(basename "$file")" # with a slash: bash looks for a plain name in PATH
 }
 
+# A wrong knob ends the run here, not hours later in the stage that reads it. Some shells export GROUP, say.
+check_knobs() {
+    local whole='(0|[1-9][0-9]*)'
+    local number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
+    local share="$number|$whole/$whole"
+    [ -z "$SKETCH" ] || [ -f "$SKETCH" ] || die "SKETCH $SKETCH: no such file; set SKETCH to an existing one"
+    check_each "a whole number above 0" "$whole" "x > 0" K K_VAL VAL_LIMIT MAX_NEW_TOKENS PHASES STEPS DIM \
+        BATCH EVAL_EVERY EVAL_SAMPLES SAVE_EVERY NPROC ${KV_TOKENS:+KV_TOKENS} ${BATCH_TOKENS:+BATCH_TOKENS}
+    check_each "a whole number above 1" "$whole" "x > 1" GROUP
+    check_each "a whole number" "$whole" "x >= 0" SEED
+    check_each "a number above 0" "$number" "x > 0" TEMPERATURE TRAIN_TEMPERATURE
+    check_each "a number, 0 or more" "$number" "x >= 0" EVAL_TEMPERATURE RRF_C LR KL_COEF ENTROPY_COEF
+    [ "$RHO_MAX" = inf ] || check_each "a number above 0, or inf" "$number" "x > 0" RHO_MAX
+    check_each "a number above 0, at most 1" "$number" "x > 0 && x <= 1" KEEP
+    check_each "a share above 0, at most 1, such as 0.1 or 1/10" "$share" "x > 0 && x <= 1" ALPHA
+    check_each "a share from ALPHA ($ALPHA) to 1" "$share" "x >= $ALPHA && x <= 1" CANDIDATES
+}
+
+# check_each EXPECTED PATTERN CONDITION NAME...: each knob has the form of the pattern and meets the condition
+check_each() {
+    local expected=$1
+    local pattern="^($2)$"
+    local condition=$3
+    local name
+    shift 3
+    for name in "$@"; do
+        if ! [[ ${!name} =~ $pattern ]] ||
+            ! awk "BEGIN { x = ${!name}; exit !($condition) }" 2>/dev/null; then
+            die "$name: found ${!name}; expected $expected; set or unset $name in the environment"
+        fi
+    done
+}
 
 read_methods() { # makes the array methods: BASELINE's and METHOD's, each once
     local method
@@ -38,15 +70,21 @@ read_methods() { # makes the array methods: BASELINE's and METHOD's, each once
         *) methods+=("$method") ;;
         esac
     done
+    [ ${#methods[@]} -gt 0 ] || die "METHOD: found no name; expected one such as cropi; set METHOD"
 }
 
 # From VAL and TEST, which are name=source pairs, makes the arrays val_names, val_sources, val_rollouts,
 # test_sources and test_rollouts. The last of each are the files of the rollouts.
 read_data_sets() {
     local pair twice
-    if [ -z "$TRAIN" ] || [ -z "$VAL" ]; then
+    if ! [[ $TRAIN =~ [^[:space:]] && $VAL =~ [^[:space:]] ]]; then
         die "MODEL is set but TRAIN or VAL is not; set both as in the example of README.md"
     fi
+    for pair in $VAL $TEST; do
+        if ! [[ $pair =~ ^[^=/]+=.+$ ]]; then
+            die "VAL, TEST: found $pair; expected name=source, and no slash in the name; name each source"
+        fi
+    done
     val_names=()
     val_sources=()
     val_rollouts=()
@@ -65,12 +103,6 @@ read_data_sets() {
         ${test_rollouts[@]+"${test_rollouts[@]}"} | sort | uniq -d)
     if [ -n "$twice" ]; then
         die "VAL, TEST: two sets for the file" $twice "; expected different names; rename one"
-    fi
-}
-
-check_candidates() { # CANDIDATES may be a quotient such as 1/3
-    if ! awk "BEGIN { exit !($CANDIDATES >= $ALPHA && $CANDIDATES <= 1) }"; then
-        die "CANDIDATES $CANDIDATES: expected a share between ALPHA ($ALPHA) and 1; set it or ALPHA"
     fi
 }
 

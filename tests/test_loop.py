@@ -125,7 +125,7 @@ def test_seconds_of_a_stage_count_its_stopped_attempts(tmp_path):
     fake.write_text(f"""#!/bin/bash
 [[ $1 = */collect.py ]] || exec {sys.executable} "$@"
 attempt=$(cat {tmp_path}/attempt)
-[ $attempt -lt 3 ] || {{ grep -q train.pt <<<"$*" && exit 0; exit 1; }}
+[ $attempt -lt 3 ] || {{ grep -q gsm8k_test.pt <<<"$*" && exit 0; exit 1; }}
 sleep 1
 [ $attempt -eq 1 ] || kill -INT -- -$(ps -o pgid= $$ | tr -d ' ')
 exit 1
@@ -139,8 +139,8 @@ exit 1
                             "RUN": str(run), "ENGINE": "hf"})
         assert (run / "rollouts/seconds.tsv").exists() == (attempt == 3)
     (stage, seconds), = (line.split() for line in (run / "rollouts/seconds.tsv").read_text().splitlines())
-    assert stage == "train" and float(seconds) > 2
-    assert not (run / "rollouts/train.seconds").exists()
+    assert stage == "test" and float(seconds) > 2
+    assert not (run / "rollouts/test.seconds").exists()
 
 
 PRESETS = sorted((ROOT / "presets").glob("*.sh"))
@@ -315,6 +315,28 @@ def test_full_disk_ends_the_loop_in_one_line(quick):
     assert refused(quick(RUN="other")[0], "other/commands.txt: could not be written")
 
 
+def test_knobs_are_checked_at_the_start(quick):
+    for name, values in {"GROUP": ("staff", "1", "8.0"), "K": ("0", "-1", "08", "a[0]"), "SEED": ("-1", "x"),
+                         "BATCH_TOKENS": ("many",), "LR": ("1e", "-1"), "TRAIN_TEMPERATURE": ("0", "nan"),
+                         "KEEP": ("1.1", "1/2"), "ALPHA": ("0", "1/0", "10%", "2"), "RHO_MAX": ("0", "Inf"),
+                         "CANDIDATES": ("0.05", "1.5"), "NPROC": ("gpu",)}.items():
+        for value in values:
+            done, log = quick(**{name: value})
+            assert refused(done, f"{name}: found {value}; expected ") and not log, (name, value, done.stderr)
+    for name, value in (("ALPHA", "1/3"), ("CANDIDATES", "1/3"), ("LR", "1.e-6"), ("RHO_MAX", "inf"),
+                        ("RHO_MAX", "2"), ("EVAL_TEMPERATURE", "0"), ("SEED", "0"), ("KV_TOKENS", "")):
+        assert quick(DRY_RUN="1", **{name: value})[0].returncode == 0, (name, value)
+    for name, value, words in (("VAL", " ", "VAL is not"), ("TRAIN", "\n", "TRAIN or VAL"),
+                               ("VAL", "v.jsonl", "found v.jsonl"), ("TEST", "=t.jsonl", "found =t.jsonl"),
+                               ("TEST", "a/b=t.jsonl", "found a/b=t.jsonl"), ("TEST", "t=", "found t="),
+                               ("METHOD", " ", "METHOD")):
+        done, log = quick(**{name: value})
+        assert refused(done, words) and not log, (name, value, done.stderr)
+    assert refused(quick(DRY_RUN="1", SKETCH="none.py")[0], "SKETCH none.py")
+    done, _ = quick(DRY_RUN="1", TEST=" ")
+    assert done.returncode == 0 and "--k 0" not in done.stdout
+
+
 def test_plot_prints_what_stdout_cannot_show(micro_run, tmp_path):
     for name in ("rollouts", "cropi"):
         shutil.copytree(micro_run[0] / name, tmp_path / name)
@@ -353,7 +375,7 @@ def test_preset_sets_what_the_environment_does_not(tmp_path):
     done = loop("presets/qwen2.5-1.5b.sh")
     assert done.returncode == 2 and "collect.py: error: " in done.stderr and done.stderr.count("\n") == 1
     command, = (tmp_path / "commands.txt").read_text().splitlines()
-    assert "--k 4 " in command and r"--instruction \ Please\ reason\ step" in command
+    assert "--k 0 " in command and r"--instruction \ Please\ reason\ step" in command
     lines = (tmp_path / "rollouts/settings.txt").read_text().splitlines()
     found = dict(line.split("=", 1) for line in lines)
     assert found["K"] == "4" and found["K_VAL"] == "32"
@@ -400,7 +422,7 @@ def test_methods_side_by_side_collect_once(world, tmp_path):
             for method in ("random", "passrate")]
     assert [run.wait() for run in runs] == [0, 0]
     stages = [line.split("\t")[0] for line in (tmp_path / "rollouts/seconds.tsv").read_text().splitlines()]
-    assert stages == ["train", "val", "test"]
+    assert stages == ["test", "val", "train"]
     for method in ("random", "passrate"):
         assert (tmp_path / method / "phase-0/policy/model.safetensors").exists()
 
