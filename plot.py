@@ -252,6 +252,7 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, help="folders RUN/METHOD made by run_cropi.sh")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of the plots (the current one)")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # some prompts have characters that it cannot show
     runs = [read_run(folder) for folder in args.runs]
     args.out.mkdir(parents=True, exist_ok=True)
     print_table(runs)

@@ -9,48 +9,24 @@
 #                                               the paper's main experiment
 #   DRY_RUN=1 bash run_cropi.sh                 prints the commands of a run; runs and writes nothing
 #
-# If a run was stopped or killed, the same command with the same settings resumes it.
+# If a run was stopped or killed, the same command with the same settings resumes it. Relative paths in the
+# knobs are relative to the folder in which the command is given, which may be any folder.
 set -euo pipefail
-cd "$(dirname "$0")"
+[ ! -L "$0" ] || exec bash "$(readlink -f "$0")" # called by a symbolic link
 
 # ---- knobs: set them in the environment ----------------------------------------------------------------
+DRY_RUN=${DRY_RUN:-}                  # 1: print the commands, run nothing
+PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .venv, made on first use
+. "$(dirname "$0")/setup.sh"          # sets PYTHON, ROOT (the project's folder), and GPU=1 if there is a GPU;
+                                      # has the functions that are called below and not defined below
 PRESET=${PRESET:-}                    # file that sets some of the knobs below; the environment overrides it
-if [ -n "$PRESET" ] && [ ! -f "$PRESET" ]; then
-    echo "run_cropi.sh: error: PRESET $PRESET: no such file;" \
-        "set PRESET to an existing file such as: $(echo presets/*)" >&2
-    exit 2
-fi
-[ -z "$PRESET" ] || . "$PRESET"
+[ -z "$PRESET" ] || load_preset
+MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub name; empty: the toy world
+[ -n "$MODEL" ] || . "$ROOT/presets/toy.sh"
 METHOD=${METHOD:-cropi}               # full, dapo (all prompts too), random, passrate, learnability,
                                       # influence (selects once) or cropi (selects in every phase)
-DRY_RUN=${DRY_RUN:-}                  # 1: print the commands, run nothing
-MODEL=${MODEL:-}                      # base policy: Hugging Face folder or hub name; empty: the toy world
-if [ -z "$MODEL" ]; then
-    RUN=${RUN:-runs/toy}
-    TOY=${TOY:-$RUN/world}            # folder of the toy's data and base policy, made once, from SEED
-    TARGETED=${TARGETED:-sort dbl}    # its targeted families; if changed, set VAL: NAME=$TOY/val_NAME.jsonl
-    MODEL=$TOY/base
-    BASELINE=${BASELINE-full}         # methods to run before METHOD and to plot with it; BASELINE= for none
-    TRAIN=${TRAIN:-$TOY/train.jsonl}
-    VAL=${VAL:-sort=$TOY/val_sort.jsonl dbl=$TOY/val_dbl.jsonl}
-    TEST=${TEST:-targeted=$TOY/test_targeted.jsonl related=$TOY/test_related.jsonl
-        other=$TOY/test_other.jsonl}
-    VERIFIER=${VERIFIER:-exact}
-    MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-10}
-    TEMPERATURE=${TEMPERATURE:-1.0}
-    K_VAL=${K_VAL:-16}
-    ALPHA=${ALPHA:-0.03}
-    DIM=${DIM:-8192}
-    PHASES=${PHASES:-8}
-    STEPS=${STEPS:-20}
-    BATCH=${BATCH:-64}
-    LR=${LR:-5e-5}
-    BATCH_TOKENS=${BATCH_TOKENS:-2048}
-else
-    TOY=
-fi
 RUN=${RUN:-runs/$(basename "$MODEL")} # output folder
-BASELINE=${BASELINE:-}
+BASELINE=${BASELINE:-}                # methods to run before METHOD and to plot with it
 TRAIN=${TRAIN:-}                      # train prompts: .jsonl or .parquet files, or hub data sets
                                       # name[:config[:split]], separated by spaces; no path has a space
 VAL=${VAL:-}                          # validation sets: name=source pairs, separated by spaces
@@ -74,7 +50,7 @@ CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts sketched, 
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
 RHO_MAX=${RHO_MAX:-inf}               # cap on the ratio rho as a token's weight; inf: none, as in the paper
-SKETCH=${SKETCH:-sketch.py}           # script of stage 2, to compare estimators of the gradient
+SKETCH=${SKETCH:-}                    # script in place of sketch.py, to compare estimators of the gradient
 RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
 BATCH=${BATCH:-128}                   # prompts per GRPO step
 GROUP=${GROUP:-8}                     # responses per prompt in a GRPO step
@@ -92,44 +68,45 @@ BATCH_TOKENS=${BATCH_TOKENS:-}        # tokens per micro-batch; lower it if grad
 DTYPE=${DTYPE:-float32}               # float32 or bfloat16; training keeps float32 weights in both cases
 NPROC=${NPROC:-1}                     # ranks (GPUs) on this machine; more than 1 uses torchrun
 SEED=${SEED:-0}                       # random seed
-PYTHON=${PYTHON:-}                    # a Python with requirements.txt; empty: .venv, made on first use
 
 # ---- before the first stage ----------------------------------------------------------------------------
-# setup.sh has the functions that are called here and not defined here. The main one is
-# run_stage FOLDER NAME COMMAND...: it runs the command unless FOLDER/seconds.tsv says that NAME is done.
-. ./setup.sh                          # sets PYTHON, and GPU=1 if there is a GPU
+# Most of these functions check knobs. The main function of setup.sh is run_stage FOLDER NAME COMMAND...: it
+# runs the command unless FOLDER/seconds.tsv says that NAME is done.
 set -f                                # sources such as train[:-100] are no patterns
 ROLLOUTS=$RUN/rollouts
+check_knobs
 choose_engine                         # sets ENGINE
 choose_launcher                       # sets launch, which starts a command on NPROC ranks
 read_methods                          # sets methods
 read_data_sets                        # sets val_names, val_sources, val_rollouts, test_sources, test_rollouts
-check_candidates
 print_plan
 lock_folder "$ROLLOUTS" wait
-if [ -n "$TOY" ]; then
-    run_stage "$TOY" world "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --targeted $TARGETED
+if [ -n "${TOY:-}" ] && [ "$MODEL" = "$TOY/base" ]; then # of presets/toy.sh
+    run_stage "$TOY" world "$PYTHON" "$ROOT/toy/make_toy.py" --out "$TOY" --seed "$SEED" --targeted $TARGETED
 fi
+list_files                            # sets files: the size and time of every local input
 
 # ---- stage 1, once: rollouts of the base policy --------------------------------------------------------
-record_settings "$ROLLOUTS" MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K \
-    K_VAL TEMPERATURE MAX_NEW_TOKENS ENGINE DTYPE SEED
+rollout_knobs="MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K K_VAL TEMPERATURE
+    MAX_NEW_TOKENS ENGINE DTYPE SEED"
+record_settings "$ROLLOUTS" $rollout_knobs
 
 collect() { # NAME K ARGUMENT...
     local name=$1
     local k=$2
     shift 2
-    run_stage "$ROLLOUTS" "$name" "${launch[@]}" collect.py --model "$MODEL" --k "$k" \
+    run_stage "$ROLLOUTS" "$name" "${launch[@]}" "$ROOT/collect.py" --model "$MODEL" --k "$k" \
         --temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --verifier "$VERIFIER" \
         --prompt-key $PROMPT_KEY --answer-key $ANSWER_KEY --instruction "$INSTRUCTION" \
         --engine "$ENGINE" ${KV_TOKENS:+--kv-tokens "$KV_TOKENS"} --dtype "$DTYPE" --seed "$SEED" "$@"
 }
 
-collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
-collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
-if [ -n "$TEST" ]; then
+# The cheapest first: a wrong source ends the run before the train prompts are sampled.
+if [ ${#test_sources[@]} -gt 0 ]; then
     collect test 0 --data "${test_sources[@]}" --out "${test_rollouts[@]}"
 fi
+collect val "$K_VAL" --limit "$VAL_LIMIT" --data "${val_sources[@]}" --out "${val_rollouts[@]}"
+collect train "$K" --data $TRAIN --out "$ROLLOUTS/train.pt"
 
 # ---- stages 2 to 4, in each phase: sketch, score, train ------------------------------------------------
 run_method() { # METHOD
@@ -140,15 +117,16 @@ run_method() { # METHOD
     local objective=()
     local m phase name val_sketches
     lock_folder "$folder" refuse
-    record_settings "$folder" PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX SKETCH RRF_C BATCH GROUP \
-        TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+    record_settings "$folder" $rollout_knobs PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX SKETCH RRF_C \
+        BATCH GROUP TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE \
+        SAVE_EVERY
     if [ "$method" = dapo ]; then
         objective=(--dynamic-sampling --token-mean)
     fi
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m
         echo "== $method, phase $m of $PHASES =="
-        [ -n "$DRY_RUN" ] || mkdir -p "$phase"
+        make_folder "$phase"
 
         if [ "$method" = influence ] && [ "$m" -gt 0 ]; then # it selects once
             run_stage "$folder" "phase-$m-score" cp "$folder/phase-0/selected.npy" "$phase/selected.npy"
@@ -157,22 +135,23 @@ run_method() { # METHOD
             for name in "${val_names[@]}"; do
                 val_sketches+=("$phase/$name.npy")
             done
-            run_stage "$folder" "phase-$m-sketch" "${launch[@]}" "$SKETCH" --model "$policy" \
-                --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
+            run_stage "$folder" "phase-$m-sketch" "${launch[@]}" "${SKETCH:-$ROOT/sketch.py}" \
+                --model "$policy" --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
                 --out "$phase/train.npy" "${val_sketches[@]}" --keep "$KEEP" --dim "$DIM" \
                 --candidates "$CANDIDATES" --rho-max "$RHO_MAX" \
                 ${BATCH_TOKENS:+--batch-tokens "$BATCH_TOKENS"} --dtype "$DTYPE" --seed "$SEED"
-            run_stage "$folder" "phase-$m-score" "$PYTHON" score.py --train "$phase/train.npy" \
+            run_stage "$folder" "phase-$m-score" "$PYTHON" "$ROOT/score.py" --train "$phase/train.npy" \
                 --val "${val_sketches[@]}" --out "$phase/selected.npy" --alpha "$ALPHA" --rrf-c "$RRF_C"
         else # the other methods need rewards at most; each phase has its own seed for random choices
-            run_stage "$folder" "phase-$m-score" "$PYTHON" score.py --method "${method/dapo/full}" \
+            run_stage "$folder" "phase-$m-score" "$PYTHON" "$ROOT/score.py" --method "${method/dapo/full}" \
                 --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" --alpha "$ALPHA" \
                 --seed "$((SEED * 1000 + m))"
         fi
 
-        run_stage "$folder" "phase-$m-train" "${launch[@]}" train_grpo.py --model "$policy" --ref "$MODEL" \
-            --rollouts "$ROLLOUTS/train.pt" --select "$phase/selected.npy" --out "$phase/policy" \
-            --steps "$STEPS" --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" \
+        run_stage "$folder" "phase-$m-train" "${launch[@]}" "$ROOT/train_grpo.py" \
+            --model "$policy" --ref "$MODEL" --rollouts "$ROLLOUTS/train.pt" \
+            --select "$phase/selected.npy" --out "$phase/policy" --steps "$STEPS" \
+            --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" \
             --eval-every "$EVAL_EVERY" --eval-samples "$EVAL_SAMPLES" --save-every "$SAVE_EVERY" \
             --engine "$ENGINE" ${KV_TOKENS:+--kv-tokens "$KV_TOKENS"} \
             ${BATCH_TOKENS:+--batch-tokens "$BATCH_TOKENS"} --dtype "$DTYPE" --seed "$SEED" \
@@ -182,9 +161,7 @@ run_method() { # METHOD
             ${optimizer[@]+"${optimizer[@]}"}
         policy=$phase/policy
         optimizer=(--optimizer "$phase/policy/optimizer.pt")
-        if [ "$m" -eq 0 ]; then
-            print_time_left "$method"
-        fi
+        [ "$m" -gt 0 ] || print_time_left "$method"
     done
 }
 
@@ -193,4 +170,4 @@ for method in "${methods[@]}"; do
     run_method "$method"
     folders+=("$RUN/$method")
 done
-run_every_time "$PYTHON" plot.py "${folders[@]}" --out "$RUN"
+run_every_time "$PYTHON" "$ROOT/plot.py" "${folders[@]}" --out "$RUN"

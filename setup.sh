@@ -14,6 +14,46 @@ die() { # MESSAGE...: reports an error and exits
 
 # ---- before a run --------------------------------------------------------------------------------------
 
+load_preset() { # reads PRESET, a file in the current folder or else in the project's folder
+    local file=$PRESET
+    [ -f "$file" ] || file=$ROOT/$PRESET
+    [ -f "$file" ] || die "PRESET $PRESET: no such file; name an existing one: presets/qwen2.5-1.5b.sh, say"
+    . "$(dirname "$file")/$(basename "$file")" # with a slash: bash looks for a plain name in PATH
+}
+
+# A wrong knob ends the run here, not hours later in the stage that reads it. Some shells export GROUP, say.
+check_knobs() {
+    local whole='(0|[1-9][0-9]*)'
+    local number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
+    local share="$number|$whole/$whole"
+    [ -z "$SKETCH" ] || [ -f "$SKETCH" ] || die "SKETCH $SKETCH: no such file; set SKETCH to an existing one"
+    check_each "a whole number above 0" "$whole" "x > 0" K K_VAL VAL_LIMIT MAX_NEW_TOKENS PHASES STEPS DIM \
+        BATCH EVAL_EVERY EVAL_SAMPLES SAVE_EVERY NPROC ${KV_TOKENS:+KV_TOKENS} ${BATCH_TOKENS:+BATCH_TOKENS}
+    check_each "a whole number above 1" "$whole" "x > 1" GROUP
+    check_each "a whole number" "$whole" "x >= 0" SEED
+    check_each "a number above 0" "$number" "x > 0" TEMPERATURE TRAIN_TEMPERATURE
+    check_each "a number, 0 or more" "$number" "x >= 0" EVAL_TEMPERATURE RRF_C LR KL_COEF ENTROPY_COEF
+    [ "$RHO_MAX" = inf ] || check_each "a number above 0, or inf" "$number" "x > 0" RHO_MAX
+    check_each "a number above 0, at most 1" "$number" "x > 0 && x <= 1" KEEP
+    check_each "a share above 0, at most 1, such as 0.1 or 1/10" "$share" "x > 0 && x <= 1" ALPHA
+    check_each "a share from ALPHA ($ALPHA) to 1" "$share" "x >= $ALPHA && x <= 1" CANDIDATES
+}
+
+# check_each EXPECTED PATTERN CONDITION NAME...: each knob has the form of the pattern and meets the condition
+check_each() {
+    local expected=$1
+    local pattern="^($2)$"
+    local condition=$3
+    local name
+    shift 3
+    for name in "$@"; do
+        if ! [[ ${!name} =~ $pattern ]] ||
+            ! awk "BEGIN { x = ${!name}; exit !($condition) }" 2>/dev/null; then
+            die "$name: found ${!name}; expected $expected; set or unset $name in the environment"
+        fi
+    done
+}
+
 read_methods() { # makes the array methods: BASELINE's and METHOD's, each once
     local method
     methods=()
@@ -30,15 +70,21 @@ read_methods() { # makes the array methods: BASELINE's and METHOD's, each once
         *) methods+=("$method") ;;
         esac
     done
+    [ ${#methods[@]} -gt 0 ] || die "METHOD: found no name; expected one such as cropi; set METHOD"
 }
 
 # From VAL and TEST, which are name=source pairs, makes the arrays val_names, val_sources, val_rollouts,
 # test_sources and test_rollouts. The last of each are the files of the rollouts.
 read_data_sets() {
     local pair twice
-    if [ -z "$TRAIN" ] || [ -z "$VAL" ]; then
+    if ! [[ $TRAIN =~ [^[:space:]] && $VAL =~ [^[:space:]] ]]; then
         die "MODEL is set but TRAIN or VAL is not; set both as in the example of README.md"
     fi
+    for pair in $VAL $TEST; do
+        if ! [[ $pair =~ ^[^=/]+=.+$ ]]; then
+            die "VAL, TEST: found $pair; expected name=source, and no slash in the name; name each source"
+        fi
+    done
     val_names=()
     val_sources=()
     val_rollouts=()
@@ -60,22 +106,16 @@ read_data_sets() {
     fi
 }
 
-check_candidates() { # CANDIDATES may be a quotient such as 1/3
-    if ! awk "BEGIN { exit !($CANDIDATES >= $ALPHA && $CANDIDATES <= 1) }"; then
-        die "CANDIDATES $CANDIDATES: expected a share between ALPHA ($ALPHA) and 1; set it or ALPHA"
-    fi
-}
-
 choose_engine() { # makes the default of ENGINE explicit
-    if [ -z "$ENGINE" ] && [ -n "$GPU" ]; then
-        ENGINE=vllm
-    fi
+    ENGINE=${ENGINE:-${GPU:+vllm}}
     ENGINE=${ENGINE:-hf}
 }
 
 # Makes the array launch, the start of a command that runs on NPROC ranks. On Ctrl-C a rank finishes its step
-# and saves a checkpoint before it is killed: hence the long timeout.
+# and saves a checkpoint before it is killed: hence the long timeout. Only this launcher may tell a stage its
+# rank: with RANK=1 left in the environment, a stage would leave its work to another rank.
 choose_launcher() {
+    unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT
     launch=("$PYTHON")
     if [ "$NPROC" -ne 1 ]; then
         launch+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC" --shutdown_timeout 1800)
@@ -83,9 +123,7 @@ choose_launcher() {
 }
 
 print_plan() { # what the run does, and what it writes
-    if [ -n "$DRY_RUN" ]; then
-        return 0
-    fi
+    [ -z "$DRY_RUN" ] || return 0
     echo "$MODEL: ${BASELINE:+$BASELINE and }$METHOD, $PHASES phases of $STEPS GRPO steps"
     echo "  once: collect $K responses per train prompt and $K_VAL per validation prompt"
     echo "  in each phase: select (influence, cropi: sketch, score; ALPHA = $ALPHA), train"
@@ -96,16 +134,28 @@ print_plan() { # what the run does, and what it writes
 
 # ---- during a run --------------------------------------------------------------------------------------
 
+make_folder() { # FOLDER
+    [ -n "$DRY_RUN" ] || mkdir -p "$1" 2>/dev/null || die_unwritten "$1"
+}
+
+# replace_file FILE TEXT: where the disk is full, it fails and FILE stays as it was, never empty or cut
+replace_file() {
+    { printf '%s\n' "$2" >"$1.part" && mv -f "$1.part" "$1"; } 2>/dev/null
+}
+
+die_unwritten() { # FILE
+    die "$1: could not be written; expected space and permission; free space, or set RUN to another folder"
+}
+
 # lock_folder FOLDER wait|refuse: what to do while another run_cropi.sh writes to FOLDER. Methods of one RUN
 # may run side by side: each locks its own folder, and the first one collects. The stages of a killed run hold
 # its lock until they have exited, so try for 5 seconds.
 lock_folder() {
     local folder=$1
     local otherwise=$2
-    if [ -n "$DRY_RUN" ]; then
-        return 0
-    fi
-    mkdir -p "$folder"
+    [ -z "$DRY_RUN" ] || return 0
+    make_folder "$folder"
+    touch "$folder/lock" 2>/dev/null || die_unwritten "$folder/lock"
     exec 9>"$folder/lock"
     if ! command -v flock >/dev/null || flock -w 5 9; then
         return 0
@@ -117,27 +167,45 @@ lock_folder() {
     flock 9
 }
 
-# record_settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt. If that file exists with
-# other values, stops with an error.
+# list_files: sets files, a line for each local file of MODEL, VERIFIER and the data sets: its size and its
+# time of change. (A hash of large weights takes minutes.) cp -p and rsync -a keep the times in a copy.
+list_files() {
+    [ -z "$DRY_RUN" ] || return 0
+    files=$(PYTHONIOENCODING=utf-8:surrogateescape "$PYTHON" -c '
+import sys, time
+from pathlib import Path
+for name in sys.argv[1:]:
+    path = Path(name if Path(name).exists() else name.partition(":")[0])  # of file.py:function, folder:config
+    for file in sorted([path, *path.glob("*"), *path.glob("data/*")]):
+        if file.is_file() and not file.name.startswith("."):
+            changed = time.gmtime(file.stat().st_mtime)
+            print(file, file.stat().st_size, "bytes", time.strftime("%Y-%m-%dT%H:%M:%SZ", changed))
+' "$MODEL" "$VERIFIER" $TRAIN "${val_sources[@]}" ${test_sources[@]+"${test_sources[@]}"})
+}
+
+# record_settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt and files to FOLDER/files.txt.
+# If these exist with other contents, stops with an error. All of RUN depends on the rollouts, so the hint for
+# these is to remove RUN.
 record_settings() {
     local folder=$1
     local text=
     local name
-    if [ -n "$DRY_RUN" ]; then
-        return 0
-    fi
+    [ -z "$DRY_RUN" ] || return 0
     shift
     for name in "$@"; do
         text="$text$name=${!name}"$'\n'
     done
-    mkdir -p "$folder"
-    if [ ! -e "$folder/settings.txt" ]; then
-        printf '%s' "$text" >"$folder/settings.txt"
-    fi
-    if [ "$text" != "$(cat "$folder/settings.txt")"$'\n' ]; then
-        die "$folder holds a run with other settings (< stored, > requested):" \
-            "$(printf '%s' "$text" | diff "$folder/settings.txt" - | grep '^[<>]' | tr '\n' ' ');" \
-            "use the stored settings, remove $folder, or set RUN to another folder"
+    record "$folder/settings.txt" "${text%$'\n'}" "use the stored settings, remove ${folder%/rollouts}"
+    record "$folder/files.txt" "$files" \
+        "if the contents are the same, remove only $folder/files.txt; else remove ${folder%/rollouts}"
+}
+
+record() { # FILE TEXT HINT
+    [ -s "$1" ] || replace_file "$1" "$2" || die_unwritten "$1"
+    if [ "$2" != "$(cat "$1")" ]; then
+        die "$1 differs from what this run has (< stored, > requested):" \
+            "$(printf '%s\n' "$2" | diff "$1" - | grep '^[<>]' | tr '\n' ' ');" \
+            "$3, or set RUN to another folder"
     fi
 }
 
@@ -147,7 +215,7 @@ record_settings() {
 run_stage() {
     local folder=$1
     local name=$2
-    local line
+    local line rows
     shift 2
     if [ -n "$DRY_RUN" ]; then
         echo "+$(printf ' %q' "$@")"
@@ -158,14 +226,15 @@ run_stage() {
     fi
     line=$(printf '%q ' "$@")
     if ! grep -qxF -- "$line" "$RUN/commands.txt" 2>/dev/null; then
-        printf '%s\n' "$line" >>"$RUN/commands.txt"
+        { printf '%s\n' "$line" >>"$RUN/commands.txt"; } 2>/dev/null || die_unwritten "$RUN/commands.txt"
     fi
-    mkdir -p "$folder"
+    make_folder "$folder"
     began=$("$PYTHON" -c 'import time; print(time.time())') # not local: the trap needs both
     attempts=$folder/$name.seconds
-    trap 'spent=$(stage_seconds); echo "$spent" >"$attempts"' EXIT
+    trap 'replace_file "$attempts" "$(stage_seconds)" || true' EXIT
     "$@"
-    printf '%s\t%s\n' "$name" "$(stage_seconds)" >>"$folder/seconds.tsv"
+    rows=$(cat "$folder/seconds.tsv" 2>/dev/null || true; printf '%s\t%s' "$name" "$(stage_seconds)")
+    replace_file "$folder/seconds.tsv" "$rows" || die_unwritten "$folder/seconds.tsv"
     trap - EXIT
     rm -f "$attempts"
 }
@@ -207,8 +276,9 @@ print_time_left() {
 }
 
 # ---- the Python ----------------------------------------------------------------------------------------
-# Sets PYTHON to the Python of .venv, which is made on first use, unless the user has set PYTHON. If
-# nvidia-smi works, sets GPU=1 and installs vLLM as well. DRY_RUN installs nothing.
+# Sets ROOT, the project's folder, and PYTHON, the Python of its .venv, which is made on first use, unless the
+# user has set PYTHON. If nvidia-smi works, sets GPU=1 and installs vLLM as well. DRY_RUN installs nothing.
+ROOT=$(dirname "${BASH_SOURCE[0]}")
 PYTHON=${PYTHON:-}
 GPU=
 requirements=requirements.txt
@@ -217,7 +287,7 @@ if nvidia-smi >/dev/null 2>&1; then
     requirements=requirements-vllm.txt
 fi
 if [ -n "${DRY_RUN:-}" ]; then
-    PYTHON=${PYTHON:-.venv/bin/python}
+    PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
     return 0
 fi
 if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -226,12 +296,13 @@ if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))';
     exit 2
 fi
 if [ -z "$PYTHON" ]; then
-    PYTHON=.venv/bin/python
-    if [ "$(cat requirements.txt $requirements)" != "$(cat .venv/installed 2>/dev/null)" ]; then
+    PYTHON=$ROOT/.venv/bin/python
+    wanted=$(cat "$ROOT/requirements.txt" "$ROOT/$requirements")
+    if [ "$wanted" != "$(cat "$ROOT/.venv/installed" 2>/dev/null)" ]; then
         echo "Installing $requirements into .venv (once)"
-        python3 -m venv .venv
-        .venv/bin/pip install --quiet --disable-pip-version-check -r $requirements
-        cat requirements.txt $requirements >.venv/installed
+        python3 -m venv "$ROOT/.venv"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$requirements"
+        echo "$wanted" >"$ROOT/.venv/installed"
     fi
 fi
 export TOKENIZERS_PARALLELISM=false

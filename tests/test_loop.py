@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -122,9 +123,9 @@ def test_seconds_of_a_stage_count_its_stopped_attempts(tmp_path):
     """The first attempt fails and the second is stopped, each after a second; the third succeeds at once."""
     fake = tmp_path / "python"
     fake.write_text(f"""#!/bin/bash
-[ "$1" = collect.py ] || exec {sys.executable} "$@"
+[[ $1 = */collect.py ]] || exec {sys.executable} "$@"
 attempt=$(cat {tmp_path}/attempt)
-[ $attempt -lt 3 ] || {{ grep -q train.pt <<<"$*" && exit 0; exit 1; }}
+[ $attempt -lt 3 ] || {{ grep -q gsm8k_test.pt <<<"$*" && exit 0; exit 1; }}
 sleep 1
 [ $attempt -eq 1 ] || kill -INT -- -$(ps -o pgid= $$ | tr -d ' ')
 exit 1
@@ -138,8 +139,8 @@ exit 1
                             "RUN": str(run), "ENGINE": "hf"})
         assert (run / "rollouts/seconds.tsv").exists() == (attempt == 3)
     (stage, seconds), = (line.split() for line in (run / "rollouts/seconds.tsv").read_text().splitlines())
-    assert stage == "train" and float(seconds) > 2
-    assert not (run / "rollouts/train.seconds").exists()
+    assert stage == "test" and float(seconds) > 2
+    assert not (run / "rollouts/test.seconds").exists()
 
 
 PRESETS = sorted((ROOT / "presets").glob("*.sh"))
@@ -196,6 +197,159 @@ def test_candidates_below_alpha_are_refused(tmp_path):
         assert (done.returncode == 2 and "CANDIDATES" in done.stderr) == refused
 
 
+@pytest.fixture
+def quick(tmp_path):
+    """quick(**knobs): run_cropi.sh in a folder with inputs, by stages that only log their rank and command.
+
+    The loop and its stages find the folder as their current one; LIMIT is the largest file of the loop, in
+    bytes, from the end of stage number FULL on.
+    """
+    mine = tmp_path / "my folder"
+    (mine / "ckpt").mkdir(parents=True)
+    for name in ("ckpt/config.json", "ckpt/model.safetensors", "a.jsonl", "v.jsonl", "t.jsonl", "check.py"):
+        (mine / name).write_text("1\n")
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/bash
+[ "$1" != -c ] || exec {sys.executable} "$@"
+rank="${{RANK-no rank}} ${{WORLD_SIZE-}}${{LOCAL_RANK-}}${{MASTER_ADDR-}}${{MASTER_PORT-}}"
+echo "$rank $PWD $*" >>"{tmp_path}/log"
+if [ "$(wc -l <"{tmp_path}/log")" = "${{FULL-}}" ]; then prlimit --pid $PPID --fsize=$LIMIT; fi
+""")
+    python.chmod(0o755)
+    settings = {"PYTHON": str(python), "MODEL": "ckpt", "TRAIN": "a.jsonl", "VAL": "v=v.jsonl",
+                "TEST": "t=t.jsonl", "VERIFIER": "check.py:reward", "RUN": "run", "PHASES": "2"}
+
+    def quick(script=ROOT / "run_cropi.sh", limit=None, **knobs):
+        (tmp_path / "log").write_text("")
+        limit_files = None
+        if limit is not None:
+            def limit_files():
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        done = subprocess.run(["bash", script], cwd=mine, capture_output=True, text=True,
+                              restore_signals=False,  # SIGXFSZ stays ignored: writing fails as on a full disk
+                              preexec_fn=limit_files, env={**os.environ, **settings, **knobs})
+        return done, (tmp_path / "log").read_text().splitlines()
+
+    quick.folder = mine
+    return quick
+
+
+def refused(done, *words):
+    """Whether the loop ended with exit code 2 and one line that has all the words."""
+    one_line = done.stderr.startswith("run_cropi.sh: error: ") and done.stderr.count("\n") == 1
+    return done.returncode == 2 and one_line and all(word in done.stderr for word in words)
+
+
+def test_relative_paths_are_those_of_the_caller(quick, tmp_path):
+    """From another folder, through a symbolic link: inputs and RUN are there, the stages the project's."""
+    link = tmp_path / "bin/cropi"
+    link.parent.mkdir()
+    link.symlink_to(os.path.relpath(ROOT / "run_cropi.sh", link.parent))
+    done, log = quick(link)
+    assert done.returncode == 0, done.stderr
+    assert len(log) == 10 and all(line.startswith(f"no rank  {quick.folder} {ROOT}/") for line in log)
+    assert "--model ckpt " in log[0] and any("--data t.jsonl --out run/rollouts/t.pt" in line for line in log)
+    assert (quick.folder / "run/cropi/phase-1").is_dir()
+    (quick.folder / "my.sh").write_text("ALPHA=0.23\n")
+    (link.parent / "my.sh").write_text("ALPHA=0.24\n")
+    path = f"{link.parent}:{os.environ['PATH']}"  # where bash looks for a plain name first
+    for preset, expected in (("my.sh", "--alpha 0.23"), (str(link.parent / "my.sh"), "--alpha 0.24"),
+                             ("presets/qwen2.5-7b.sh", "--max-new-tokens 4096")):
+        done, _ = quick(DRY_RUN="1", PRESET=preset, PATH=path)
+        assert done.returncode == 0 and expected in done.stdout
+    done, _ = quick(DRY_RUN="1", MODEL="Qwen/Qwen2.5-1.5B-Instruct", SKETCH="check.py")
+    assert "--model Qwen/Qwen2.5-1.5B-Instruct " in done.stdout and "python check.py --model" in done.stdout
+
+
+def test_changed_inputs_are_refused(quick):
+    """A file that has another size or another time; in each case the message names that file alone."""
+    names = ["ckpt/config.json", "ckpt/model.safetensors", "a.jsonl", "v.jsonl", "t.jsonl", "check.py"]
+    assert quick()[0].returncode == 0
+    for name in names:
+        file = quick.folder / name
+        for content, later in (("2\n", 10), ("10\n", 0)):
+            times = file.stat()
+            file.write_text(content)
+            os.utime(file, (times.st_atime, times.st_mtime + later))
+            done, log = quick()
+            assert refused(done, f"< {name} 2 bytes", f"> {name} {len(content)} bytes", "remove run,")
+            assert not log
+            assert [other for other in names if f" {other} " in done.stderr] == [name]
+            file.write_text("1\n")
+            os.utime(file, (times.st_atime, times.st_mtime))
+    (quick.folder / "ckpt/generation_config.json").write_text("{}")
+    assert refused(quick()[0], "> ckpt/generation_config.json 2 bytes")
+    (quick.folder / "ckpt/generation_config.json").unlink()
+    done, log = quick()
+    assert done.returncode == 0 and len(log) == 1 and "/plot.py run/cropi --out run" in log[0]
+    shutil.rmtree(quick.folder / "run/rollouts")  # what was made from these rollouts is not used with others
+    assert refused(quick(K="4")[0], "run/cropi/settings.txt", "K=4")
+
+
+def test_rank_left_in_the_environment_reaches_no_stage(quick):
+    left = {"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done, log = quick(**left)
+    assert done.returncode == 0 and len(log) == 10 and all(line.startswith("no rank  /") for line in log)
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="needs prlimit of util-linux")
+def test_full_disk_ends_the_loop_in_one_line(quick):
+    """No byte, or a few, can be written: at the start, or after the given stage. The rerun ends the run."""
+    for limit in (0, 7):
+        for full in range(7):
+            shutil.rmtree(quick.folder / "run", ignore_errors=True)
+            if full == 0:
+                done, _ = quick(limit=limit, PHASES="1")
+            else:
+                done, _ = quick(FULL=str(full), LIMIT=str(limit), PHASES="1")
+            assert refused(done, "could not be written"), (limit, full, done.stderr)
+            done, _ = quick(PHASES="1")
+            assert done.returncode == 0, (limit, full, done.stderr)
+            for folder, stages in (("rollouts", 3), ("cropi", 3)):
+                rows = (quick.folder / "run" / folder / "seconds.tsv").read_text().splitlines()
+                assert len(rows) == stages and all(float(row.split("\t")[1]) >= 0 for row in rows)
+                assert "SEED=0\n" in (quick.folder / "run" / folder / "settings.txt").read_text()
+    (quick.folder / "file").write_text("")
+    assert refused(quick(RUN="file/run")[0], "file/run/rollouts: could not be written")
+    (quick.folder / "other/commands.txt").mkdir(parents=True)
+    assert refused(quick(RUN="other")[0], "other/commands.txt: could not be written")
+
+
+def test_knobs_are_checked_at_the_start(quick):
+    for name, values in {"GROUP": ("staff", "1", "8.0"), "K": ("0", "-1", "08", "a[0]"), "SEED": ("-1", "x"),
+                         "BATCH_TOKENS": ("many",), "LR": ("1e", "-1"), "TRAIN_TEMPERATURE": ("0", "nan"),
+                         "KEEP": ("1.1", "1/2"), "ALPHA": ("0", "1/0", "10%", "2"), "RHO_MAX": ("0", "Inf"),
+                         "CANDIDATES": ("0.05", "1.5"), "NPROC": ("gpu",)}.items():
+        for value in values:
+            done, log = quick(**{name: value})
+            assert refused(done, f"{name}: found {value}; expected ") and not log, (name, value, done.stderr)
+    for name, value in (("ALPHA", "1/3"), ("CANDIDATES", "1/3"), ("LR", "1.e-6"), ("RHO_MAX", "inf"),
+                        ("RHO_MAX", "2"), ("EVAL_TEMPERATURE", "0"), ("SEED", "0"), ("KV_TOKENS", "")):
+        assert quick(DRY_RUN="1", **{name: value})[0].returncode == 0, (name, value)
+    for name, value, words in (("VAL", " ", "VAL is not"), ("TRAIN", "\n", "TRAIN or VAL"),
+                               ("VAL", "v.jsonl", "found v.jsonl"), ("TEST", "=t.jsonl", "found =t.jsonl"),
+                               ("TEST", "a/b=t.jsonl", "found a/b=t.jsonl"), ("TEST", "t=", "found t="),
+                               ("METHOD", " ", "METHOD")):
+        done, log = quick(**{name: value})
+        assert refused(done, words) and not log, (name, value, done.stderr)
+    assert refused(quick(DRY_RUN="1", SKETCH="none.py")[0], "SKETCH none.py")
+    done, _ = quick(DRY_RUN="1", TEST=" ")
+    assert done.returncode == 0 and "--k 0" not in done.stdout
+
+
+def test_plot_prints_what_stdout_cannot_show(micro_run, tmp_path):
+    for name in ("rollouts", "cropi"):
+        shutil.copytree(micro_run[0] / name, tmp_path / name)
+    rollouts = torch.load(tmp_path / "rollouts/train.pt", weights_only=True)
+    rollouts["answers"] = ["\u221a2"] * len(rollouts["answers"])
+    torch.save(rollouts, tmp_path / "rollouts/train.pt")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for more in ({"PYTHONIOENCODING": "ascii"}, locale):
+        done = subprocess.run([sys.executable, ROOT / "plot.py", tmp_path / "cropi", "--out", tmp_path],
+                              capture_output=True, text=True, env={**os.environ, **more})
+        assert done.returncode == 0 and "(answer \\u221a2)" in done.stdout, done.stderr
+
+
 def test_dapo_and_candidates_in_the_loop(micro_run, world, tmp_path):
     """The loop with METHOD=dapo and, in the same folder, CROPI on a half of the pool in each phase."""
     run_loop(tmp_path, world, METHOD="cropi", BASELINE="dapo", CANDIDATES="0.5", EVAL_TEMPERATURE="0")
@@ -221,7 +375,7 @@ def test_preset_sets_what_the_environment_does_not(tmp_path):
     done = loop("presets/qwen2.5-1.5b.sh")
     assert done.returncode == 2 and "collect.py: error: " in done.stderr and done.stderr.count("\n") == 1
     command, = (tmp_path / "commands.txt").read_text().splitlines()
-    assert "--k 4 " in command and r"--instruction \ Please\ reason\ step" in command
+    assert "--k 0 " in command and r"--instruction \ Please\ reason\ step" in command
     lines = (tmp_path / "rollouts/settings.txt").read_text().splitlines()
     found = dict(line.split("=", 1) for line in lines)
     assert found["K"] == "4" and found["K_VAL"] == "32"
@@ -268,7 +422,7 @@ def test_methods_side_by_side_collect_once(world, tmp_path):
             for method in ("random", "passrate")]
     assert [run.wait() for run in runs] == [0, 0]
     stages = [line.split("\t")[0] for line in (tmp_path / "rollouts/seconds.tsv").read_text().splitlines()]
-    assert stages == ["train", "val", "test"]
+    assert stages == ["test", "val", "train"]
     for method in ("random", "passrate"):
         assert (tmp_path / method / "phase-0/policy/model.safetensors").exists()
 
