@@ -570,16 +570,18 @@ def run_batches(work, plan, out, settings):
     return (torch.load(part, weights_only=True, mmap=True) for part in parts)
 
 
-LOCKS = []  # open files, whose locks end with this process
+LOCKS = {}  # --out: an open file, whose lock ends with this process
 
 
 def lock(out):
     """One run per --out. If only torchrun was killed, its ranks work on and still hold the lock."""
+    if out in LOCKS:
+        return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        LOCKS.append(open(out.with_name(out.name + ".lock"), "w"))
+        LOCKS[out] = open(out.with_name(out.name + ".lock"), "w")
         if RANK == 0:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(out, "another run that is writing it", "one run per --out", "wait or choose another --out")
     except OSError as error:

@@ -3,6 +3,7 @@
     U_v(s0) = cos( g~(s0), mean over s' in D_v of g~(s') )     practical influence (POPI), one column per set
     RRF(s0) = sum_v 1 / (c + rank_v(s0))                       reciprocal rank fusion, over each set's top n
     D       = the n = floor(alpha N) prompts of highest RRF    selection; ties by index
+    S(m)    = (1 - mu) U(m) + mu S(m-1)                        with --momentum mu (ours, not the paper's; 0)
 
 N counts all train prompts. A zero row has no direction: it scores -inf and is never selected. It belongs to
 a prompt whose rewards are all equal, or that was not a candidate in sketch.py. So a selection can be shorter
@@ -10,9 +11,11 @@ than n, which is printed.
 
 Reads   --train     sketch .npy [N, dim] of the train prompts and the .json beside it, from sketch.py.
         --val       sketches of the validation sets; their .json must name the same policy and projection.
+        --previous  scores.npy of the phase before, S(m-1).
         --rollouts  rollouts.pt of the train prompts, whose rewards the other methods select by.
 Writes  --out       selected.npy: int64 [n], best first.
-                    scores.npy beside it (cropi only): float32 [N, V], U_v(s0), -inf for a zero gradient;
+                    scores.npy beside it (cropi only): float32 [N, V], U_v(s0), -inf for a zero gradient (with
+                    --previous: S, for every prompt that was ever scored);
                     and scores.json: how far each validation mean can be trusted (see `trust`).
 
 The other methods are baselines for the same loop. full: all prompts; random: n of them; passrate: n at random
@@ -91,6 +94,17 @@ def trust(norms, halves):
     return {name: float(value.nan_to_num(0)) for name, value in found.items()}
 
 
+def average_scores(scores, previous, momentum):
+    """S(m) = (1 - mu) U(m) + mu S(m-1), or the one of the two that exists. Ours, not the paper's: less noisy.
+
+    scores: U(m) [N, V], -inf where a prompt was not sketched in this phase; previous: S(m-1), momentum: mu.
+    """
+    average = np.where(np.isfinite(scores), scores, previous)
+    both = np.isfinite(scores) & np.isfinite(previous)
+    average[both] = (1 - momentum) * scores[both] + momentum * previous[both]
+    return average
+
+
 def reciprocal_rank_fusion(scores, n, c=0.0):
     """RRF(s0) = sum_v 1 / (c + rank_v(s0)) over each column's own top n. Returns float64 [N].
 
@@ -137,7 +151,12 @@ def main():
     with replacing(args.out) as file:  # opened first, to fail early; appears as --out when complete
         if args.method == "cropi":
             scores, trusts = influence(args.train, args.val)  # [N, V]
-            selected = select(reciprocal_rank_fusion(scores, n, args.rrf_c), n)
+            ranked = scores
+            if args.previous:
+                sketched = np.isfinite(scores).any(1, keepdims=True)  # only these can be selected
+                scores = average_scores(scores, load_previous(args, scores.shape), args.momentum)
+                ranked = np.where(sketched, scores, -np.inf)
+            selected = select(reciprocal_rank_fusion(ranked, n, args.rrf_c), n)
         else:
             selected = select_baseline(args.method, load_rewards(args.rollouts), n, args.seed)
         if len(selected) == 0:
@@ -147,7 +166,7 @@ def main():
             report_trust(trusts, scores, selected)
             write_scores(args.out, scores, trusts)
         np.save(file, selected.astype(np.int64))
-    note = f" (fewer than floor(alpha N) = {n}: the others have no gradient)" if len(selected) < n else ""
+    note = f" (fewer than floor(alpha N) = {n}: the others' sketches are zero)" if len(selected) < n else ""
     print(f"{args.out}: {len(selected)} of {n_prompts} prompts by {args.method}{note}")
 
 
@@ -205,15 +224,18 @@ def parse_arguments():
     parser.add_argument("--out", required=True, type=Path, help="selected.npy to write")
     parser.add_argument("--alpha", type=Fraction, default=Fraction("0.1"), help="share to select (0.1)")
     parser.add_argument("--rrf-c", type=float, default=0.0, help="c of the rank fusion (0; often 60)")
+    parser.add_argument("--momentum", type=float, default=0.0,
+                        help="mu, the weight of --previous in the average of scores (0: the paper)")
+    parser.add_argument("--previous", type=Path, help="scores.npy of the phase before (none in the first)")
     parser.add_argument("--seed", type=int, default=0, help="of random choices and ties (0)")
     args = parser.parse_args()
     if args.method == "cropi" and not (args.train and args.val):
         fail("--method cropi", "no --train or no --val", "both", "name sketches of sketch.py")
     if args.method != "cropi" and not args.rollouts:
         fail(f"--method {args.method}", "no --rollouts", "a rollouts.pt", "name that of the train prompts")
-    if not (0 < args.alpha <= 1 and args.rrf_c >= 0):
-        fail("--alpha, --rrf-c", f"{float(args.alpha)}, {args.rrf_c}", "0 < alpha <= 1, rrf-c >= 0",
-             "the paper's alpha is 0.1")
+    if not (0 < args.alpha <= 1 and args.rrf_c >= 0 and 0 <= args.momentum < 1):
+        fail("--alpha, --rrf-c, --momentum", f"{float(args.alpha)}, {args.rrf_c}, {args.momentum}",
+             "0 < alpha <= 1, rrf-c >= 0, 0 <= momentum < 1", "the paper has 0.1, -, 0")
     return args
 
 
@@ -260,6 +282,21 @@ def check_match(path, train):
     for key in MUST_MATCH:
         if found[key] != expected[key]:
             fail(path, f"{key} {found[key]}", f"{expected[key]} as in {train}", "sketch both alike")
+
+
+def load_previous(args, shape):
+    """S(m-1) of --previous; refuses scores of another number of prompts, or of other validation sets."""
+    try:
+        previous = np.load(args.previous, allow_pickle=False)
+        sets = [Path(name).name for name in json.loads(args.previous.with_suffix(".json").read_text())]
+        if previous.dtype != np.float32 or previous.shape != shape:
+            raise ValueError(f"{previous.dtype} {list(previous.shape)}")
+        if sets != [Path(name).name for name in args.val]:
+            raise ValueError(f"of the sets {', '.join(sets)}")
+    except Exception as error:  # missing, truncated, not .npy, a pickle, no .json
+        fail(args.previous, f"no usable scores ({error})", f"float32 {list(shape)}, the same sets",
+             "name the scores.npy of the phase before")
+    return previous
 
 
 def report_trust(trusts, scores, selected):

@@ -13,8 +13,8 @@ sketches are unbiased estimates of dot products of gradients.
 Reads   --model      the current policy theta
         --rollouts   rollouts.pt files (their meta has the temperature): train prompts, validation sets
 Writes  --out        a sketch for each: float32 .npy [N, dim], one row per prompt, zero for equal rewards.
-                     With --candidates 1/3 only a random third of the train prompts is sketched, the
-                     others' rows are zero. The .json beside it records what comparable sketches share.
+                     With --candidates 1/3 only a third of the train prompts with a gradient is sketched;
+                     other rows are zero. The .json beside it records what comparable sketches share.
 
     python sketch.py --model runs/toy/world/base --rollouts train.pt val_sort.pt --out train.npy val_sort.npy
     python sketch.py --model POLICY --rollouts train.pt --out train.npy --rho-max 2 --candidates 1/3
@@ -134,7 +134,7 @@ class Trajectories:
     prompt: torch.Tensor  # token ids [|s0|]
     responses: list  # n tensors of token ids, [|tau_k|] each
     logp_beta: list  # n tensors [|tau_k|]: log beta of each token, at `temperature`
-    advantages: torch.Tensor  # [n]; the group is all K responses
+    advantages: torch.Tensor  # [n], in the group of all K responses
     k: int  # K
     temperature: float
 
@@ -236,28 +236,28 @@ def sketch_file(args, sketcher, identity, number):
     rollouts = load_rollouts(args.rollouts[number])
     rewards = rollouts["rewards"]  # [N, K]
     advantages = group_advantage(rewards)  # [N, K]
-    share = args.candidates if number == 0 else 1  # the first file has the train prompts
-    candidates = draw_candidates(rewards, share, identity)  # seeded by (--seed, policy): others each phase
-    unequal = [i for i in candidates if rewards[i].max() > rewards[i].min()]  # the others have no gradient
-    plan = plan_batches(prompt_sizes(rollouts, unequal), rewards.shape[1], args.batch_tokens)
+    unequal = [i for i in range(len(rewards)) if rewards[i].max() > rewards[i].min()]  # others: no gradient
+    drawn, m = draw(args, number, unequal, advantages, identity)  # unless economical: all, with m = K
+    plan = plan_batches(prompt_sizes(rollouts, drawn), m, args.batch_tokens)
 
     def sketch_batch(micro_batch):
-        """g~ [b, dim] of b prompts, n of the K responses per pass; sum and maximum of |log rho|."""
+        """g~ [b, dim] of b prompts, n of the m responses per pass; tokens; sum and maximum of |log rho|."""
         prompts, n = micro_batch
         sketches = 0
         log_ratios = []
-        for ks in torch.arange(rewards.shape[1]).split(n):
-            batch = [select_trajectories(rollouts, advantages, i, ks) for i in prompts]
+        for first in range(0, m, n):
+            batch = [select_trajectories(rollouts, drawn, i, slice(first, first + n)) for i in prompts]
             part, log_ratio = sketcher(batch, args.rho_max)
             sketches = sketches + part  # a gradient is a sum over responses, and P drop(.) is linear
             log_ratios.append(log_ratio.abs())
         log_ratios = torch.cat(log_ratios)
-        return sketches.cpu(), float(log_ratios.sum()), float(log_ratios.max())
+        return sketches.cpu(), len(log_ratios), float(log_ratios.sum()), float(log_ratios.max())
 
-    settings = [identity, args.batch_tokens, str(share), sha256(args.rollouts[number])]
+    numbers = {i: numbers.tolist() for i, (numbers, _) in drawn.items()}
+    settings = [identity, args.batch_tokens, numbers, sha256(args.rollouts[number])]
     results = run_batches(sketch_batch, plan, args.out[number], settings)  # resumes; ranks share the batches
     if RANK == 0:
-        write_sketch(args, number, identity, rollouts, len(candidates), plan, results, began)
+        write_sketch(args, number, identity, len(rewards), len(unequal), m, plan, results, began)
 
 
 def main():
@@ -400,6 +400,76 @@ def choose_sketcher(policy, projection):
     return one_by_one
 
 
+# ---- economical selection: ours, not the paper's, and never on by default; it changes numbers ----
+def draw(args, number, unequal, advantages, identity):
+    """What is sketched of --rollouts file `number`: {prompt: (numbers of m responses, their advantages)}, m.
+
+    By default that is all K responses to each prompt in `unequal`. --candidates and --responses draw from
+    them, in the first file only, anew for each policy. unequal: prompts with a gradient; advantages: [N, K].
+    """
+    m = k = advantages.shape[1]
+    candidates = unequal
+    if number == 0:
+        m = min(args.responses or k, k)
+        candidates = draw_candidates(args, unequal, len(advantages), identity)
+    drawn = {}
+    for i in candidates:
+        seed = stream_seed(identity["seed"], identity["policy"], "responses", i)
+        drawn[i] = draw_responses(advantages[i], m, seed)
+    return drawn, m
+
+
+def draw_responses(advantages, m, seed):
+    """m of a prompt's K responses and their weighted advantages, whose g(s0) is that of all K on average.
+
+    Strata are the n+ responses with A > 0 and the n- with A < 0. Of these, m+ = min(n+, m // 2), m- = min(n-,
+    m - m+) and then m+ = min(n+, m - m-) are drawn without replacement. A drawn response's A is multiplied by
+    n+ / m+ or n- / m-. If fewer than m have A != 0, some with A = 0, which add nothing, are taken as well:
+    a micro-batch has equally many of each prompt. advantages: [K]. Returns two tensors [m].
+    """
+    k = len(advantages)
+    if m == k:
+        return torch.arange(k), advantages
+    generator = torch.Generator().manual_seed(seed)
+    positive = (advantages > 0).nonzero()[:, 0]
+    negative = (advantages < 0).nonzero()[:, 0]
+    m_positive = min(len(positive), m // 2)
+    m_negative = min(len(negative), m - m_positive)
+    m_positive = min(len(positive), m - m_negative)
+    weights = torch.zeros(k)
+    for stratum, size in ((positive, m_positive), (negative, m_negative)):
+        chosen = stratum[torch.randperm(len(stratum), generator=generator)[:size]]
+        weights[chosen] = len(stratum) / size
+    numbers = weights.argsort(descending=True, stable=True)[:m].sort().values
+    return numbers, (weights * advantages)[numbers]
+
+
+def draw_candidates(args, unequal, n, identity):
+    """--candidates of the prompts with a gradient, in order: by --scores and at random, or all at random.
+
+    By scores: four fifths of them are those of the best rank in any column of S, ties by index; the others
+    are drawn from the rest. n: number of prompts in the file.
+    """
+    size = int(args.candidates * len(unequal))
+    if size < 1:
+        fail(f"--candidates {float(args.candidates)}", f"none of {len(unequal)} prompts with a gradient",
+             "at least one candidate", "raise it")
+    if size == len(unequal):
+        return unequal
+    best = []
+    if args.scores:
+        scores = load_scores(args.scores, unequal, n)
+        ranks = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)  # [N, V], from 0
+        ranks = np.where(np.isfinite(scores), ranks, n).min(1)  # n: never scored
+        order = np.argsort(ranks, kind="stable")
+        best = order[ranks[order] < n][:4 * size // 5].tolist()
+    generator = torch.Generator().manual_seed(stream_seed(identity["seed"], identity["policy"]))
+    rest = sorted(set(unequal) - set(best))
+    drawn = torch.randperm(len(rest), generator=generator)[:size - len(best)].tolist()
+    return sorted(best + [rest[i] for i in drawn])
+
+
+# ---- micro-batches ----
 def plan_batches(sizes, k, budget):
     """Micro-batches of at most `budget` tokens, padding included, longest first: [(prompts, rows)].
 
@@ -441,8 +511,12 @@ def parse_arguments():
     parser.add_argument("--keep", type=float, default=0.1, help="probability of keeping a coordinate (0.1)")
     parser.add_argument("--dim", type=int, default=32768, help="numbers per sketch (32768)")
     parser.add_argument("--rho-max", type=float, default=math.inf, help="largest weight of a token (inf)")
+    parser.add_argument("--responses", type=int,
+                        help="sketch the first file's prompts from so many of their K responses (all)")
     parser.add_argument("--candidates", type=Fraction, default=Fraction(1),
-                        help="share of the first rollouts.pt to sketch, drawn anew for each policy (1)")
+                        help="share of the first file's prompts with a gradient to sketch (1)")
+    parser.add_argument("--scores", type=Path,
+                        help="scores.npy of the phase before: candidates by score, else at random")
     parser.add_argument("--batch-tokens", type=int, default=4096 if torch.cuda.is_available() else 512,
                         help="tokens per micro-batch, bounds its memory (4096 on a GPU, 512 elsewhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -460,13 +534,21 @@ shared file system, the ranks share the batches. On CPUs the bytes are the same 
 the same number of threads each (torchrun sets one; some CPUs round differently with more).
 
 The .json has what must match before two sketches are compared: format, policy (a fingerprint of its weights),
-seed, keep, dim and rho_max. And what was seen: prompts, candidates, how many of these were skipped for equal
-rewards, their tokens, seconds, mean and maximum of |log rho|.
+seed, keep, dim and rho_max. And what was seen: prompts, how many of them were skipped for equal rewards and
+how many were sketched (candidates), from how many responses each; tokens, seconds, mean and maximum of
+|log rho|.
+
+Economical selection, not in the paper: --responses 2 sketches a train prompt from 2 of its K responses, drawn
+from those above and below the mean reward and weighted so that the gradient is unbiased. --candidates 1/4
+sketches a quarter of the train prompts with a gradient: with --scores, mostly those that scored best in the
+phase before (use score.py --momentum, too: a single phase's scores are noisy), otherwise at random.
 """
 
 
 def check_arguments(args):
     """Refuses bad options, and rollouts without any gradient, before the model is loaded."""
+    if args.responses is not None and args.responses < 2:
+        fail("--responses", args.responses, "at least 2: a right and a wrong one", "leave it out for all K")
     if not (0 < args.keep <= 1 and 0 < args.candidates <= 1 and args.dim >= 1 and args.rho_max > 0):
         fail("--keep, --candidates, --dim, --rho-max",
              f"{args.keep}, {args.candidates}, {args.dim}, {args.rho_max}",
@@ -593,30 +675,34 @@ def check_fits(path, rollouts, vocabulary, longest):
              f"ids below {vocabulary} and at most {longest} tokens", "collect with this model")
 
 
-def select_trajectories(rollouts, advantages, prompt, responses):
-    """Trajectories of one prompt: `responses` are numbers of its K responses; advantages: [N, K]."""
-    k = advantages.shape[1]
-    rows = [prompt * k + int(number) for number in responses]
+def select_trajectories(rollouts, drawn, prompt, part):
+    """Trajectories of one prompt: a part (a slice) of those that are drawn, see `draw`."""
+    numbers, advantages = drawn[prompt]
+    k = rollouts["rewards"].shape[1]
+    rows = [prompt * k + int(number) for number in numbers[part]]
     return Trajectories(rollouts["prompts"][prompt], [rollouts["responses"][row] for row in rows],
-                        [rollouts["logprobs"][row] for row in rows], advantages[prompt, responses], k,
+                        [rollouts["logprobs"][row] for row in rows], advantages[part], k,
                         rollouts["meta"]["temperature"])
 
 
-def draw_candidates(rewards, share, identity):
-    """floor(share N) of the N prompts, in order, drawn from the seed and the policy."""
-    n = len(rewards)
-    generator = torch.Generator().manual_seed(stream_seed(identity["seed"], identity["policy"]))
-    candidates = torch.randperm(n, generator=generator)[:int(share * n)].sort().values
-    if share < 1 and not rewards[candidates].diff().any():
-        fail(f"--candidates {float(share)}", f"no unequal rewards among {len(candidates)} of {n} prompts",
-             "at least one candidate with a gradient", "raise it")
-    return candidates.tolist()
+def prompt_sizes(rollouts, drawn):
+    """{prompt: (its tokens, tokens of the longest drawn response)} for plan_batches."""
+    lengths = rollouts["response_lengths"].view_as(rollouts["rewards"])
+    return {i: (len(rollouts["prompts"][i]), int(lengths[i, numbers].max()))
+            for i, (numbers, _) in drawn.items()}
 
 
-def prompt_sizes(rollouts, prompts):
-    """{prompt: (its tokens, tokens of its longest response)} for plan_batches."""
-    longest = rollouts["response_lengths"].view_as(rollouts["rewards"]).amax(1).tolist()
-    return {i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}
+def load_scores(path, unequal, n):
+    """scores.npy of score.py, [N, V]. Refuses one of other prompts. unequal: those with a gradient."""
+    try:
+        scores = np.load(path, allow_pickle=False)
+        scored = np.isfinite(scores).any(1).nonzero()[0].tolist()
+        if scores.dtype != np.float32 or len(scores) != n or not set(scored) <= set(unequal):
+            raise ValueError(f"{scores.dtype} {list(scores.shape)}, scores of prompts without a gradient")
+    except Exception as error:  # missing, truncated, not .npy, a pickle, of other rollouts
+        fail(path, f"no usable scores ({error})", f"those of score.py for these {n} prompts",
+             "name the scores.npy of the phase before")
+    return scores
 
 
 class LogLines:
@@ -655,16 +741,18 @@ def run_batches(work, plan, out, settings):
     return (torch.load(part, weights_only=True, mmap=True) for part in parts)
 
 
-LOCKS = []  # open files, whose locks end with this process
+LOCKS = {}  # --out: an open file, whose lock ends with this process
 
 
 def lock(out):
     """One run per --out. If only torchrun was killed, its ranks work on and still hold the lock."""
+    if out in LOCKS:
+        return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        LOCKS.append(open(out.with_name(out.name + ".lock"), "w"))
+        LOCKS[out] = open(out.with_name(out.name + ".lock"), "w")
         if RANK == 0:
-            fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(out, "another run that is writing it", "one run per --out", "wait or choose another --out")
     except OSError as error:
@@ -709,38 +797,39 @@ def replacing(path):
     os.replace(part, path)
 
 
-def write_sketch(args, number, identity, rollouts, candidates, plan, results, began):
+def write_sketch(args, number, identity, n_prompts, n_unequal, m, plan, results, began):
     """Writes the .npy and .json of --rollouts file `number` from the results of a plan; says what was seen.
 
     Rows are written where they belong, one by one: memory does not grow with the number of prompts.
     """
     out = args.out[number]
-    shape = len(rollouts["rewards"]), identity["dim"]
-    prompts = []
+    shape = n_prompts, identity["dim"]
+    candidates = sum(len(batch) for batch, _ in plan)
+    tokens = 0
     log_ratio_sum = 0.0
     log_ratio_max = 0.0
     with replacing(out) as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         start = file.tell()
         file.truncate(start + 4 * math.prod(shape))  # rows that are not written are zero
-        for (batch, _), (sketches, part_sum, part_max) in zip(plan, results):
+        for (batch, _), (sketches, part_tokens, part_sum, part_max) in zip(plan, results):
             for prompt, row in zip(batch, sketches.numpy()):
                 file.seek(start + 4 * shape[1] * prompt)
                 file.write(row.tobytes())
-            prompts += batch
+            tokens += part_tokens
             log_ratio_sum += part_sum
             log_ratio_max = max(log_ratio_max, part_max)
-    tokens = int(rollouts["response_lengths"].view_as(rollouts["rewards"])[prompts].sum())
     mean = log_ratio_sum / max(1, tokens)
-    skipped = candidates - len(prompts)
+    skipped = n_prompts - n_unequal
     seconds = round(time.perf_counter() - began, 2)
-    sidecar = {**identity, "prompts": shape[0], "candidates": candidates, "skipped": skipped,
+    sidecar = {**identity, "prompts": n_prompts, "skipped": skipped, "candidates": candidates,
+               "responses": m,
                "tokens": tokens, "log_ratio_mean": mean, "log_ratio_max": log_ratio_max, "seconds": seconds}
     with replacing(out.with_suffix(".json")) as file:
         file.write(json.dumps(sidecar, indent=1).encode())
-    print(f"{out}: {shape[0]} prompts, {candidates} candidates, {skipped} of them skipped for equal rewards; "
+    print(f"{out}: {n_prompts} prompts, {skipped} of them skipped for equal rewards, {candidates} sketched; "
           f"|log rho| {mean:.3f} on average, at most {log_ratio_max:.1f}; {seconds} s")
-    if mean > 0.05 and args.model == rollouts["meta"]["model"]:
+    if mean > 0.05 and args.model == load_rollouts(args.rollouts[number])["meta"]["model"]:
         print(f"sketch.py: warning: {args.rollouts[number]}: mean |log rho| is {mean:.3f} although --model "
               "sampled it; the engine rounds differently: collect with --engine hf, or with float32",
               file=sys.stderr)

@@ -140,8 +140,8 @@ def sketching(policy, path, dim, batch_tokens, folder):
     trial = time.perf_counter() - began
     assert sketcher.func is sketch.sketch_prompts
     identity = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim, "rho_max": "inf"}
-    args = argparse.Namespace(rollouts=[path], out=[folder / "sketch.npy"], candidates=1, rho_max=math.inf,
-                              batch_tokens=batch_tokens, model="")
+    args = argparse.Namespace(rollouts=[path], out=[folder / "sketch.npy"], candidates=1, responses=None,
+                              rho_max=math.inf, batch_tokens=batch_tokens, model="")
     sketch.sketch_file(args, sketcher, identity, 0)
     seconds = time.perf_counter() - began
     for parts in folder.glob("sketch.npy.*.parts"):

@@ -131,16 +131,17 @@ def gradients_of(policy, rollouts, prompts, projection, chosen=None, batch_token
     """
     k = rollouts["meta"]["k"]
     chosen = chosen or range(k)
-    advantages = torch.zeros(rollouts["rewards"].shape)
-    advantages[:, chosen] = sketch.group_advantage(rollouts["rewards"][:, chosen])
+    advantages = sketch.group_advantage(rollouts["rewards"][:, chosen])
+    numbers = torch.tensor(chosen)
+    drawn = {i: (numbers, advantages[i]) for i in prompts}
     longest = rollouts["response_lengths"].view(-1, k)[:, chosen].amax(1).tolist()
     places = {prompt: place for place, prompt in enumerate(prompts)}
     sizes = {i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}
     plan = sketch.plan_batches(sizes, len(chosen), batch_tokens)
     for batch, at_once in tqdm(plan, desc="gradients", unit="batch"):
         for first in range(0, len(chosen), at_once):
-            some = torch.tensor(chosen[first:first + at_once])
-            taus = [sketch.select_trajectories(rollouts, advantages, i, some) for i in batch]
+            part = slice(first, first + at_once)
+            taus = [sketch.select_trajectories(rollouts, drawn, i, part) for i in batch]
             for tau in taus:
                 tau.k = len(chosen)
             yield [places[i] for i in batch], sketch.sketch_prompts(policy, projection, taus)[0]
