@@ -45,8 +45,10 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+
+os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # gmpy2 cannot be interrupted by verify's time limit
 
 import datasets
 import torch
@@ -117,26 +119,31 @@ def verify(response, answer, verifier):
     """R(tau) in [0, 1]: whether, or how well, the text `response` gives `answer`.
 
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
+    'exact' and 'math' read what follows the last </think>, and of several boxes the last that is not empty.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
-    'math': math-verify compares the last expression with the answer as mathematics. For the answer 0.5, 1/2
-    is right; 3 - 2 + 4 is accepted for 5, even if it only repeats the prompt. If the answer contains '####'
-    (GSM8K), only the text after it counts.
+    'math': math-verify compares the last box, or else the last expression, with the answer as mathematics;
+    a word, a sequence or a date as text (`is_text`). For the answer 0.5, 1/2 is right; 3 - 2 + 4 is accepted
+    for 5, even if it only repeats the prompt. Of an answer with '####' (GSM8K) or a box, only that counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
     """
     if verifier not in ("exact", "math"):
-        return verify_by_function(response, answer, verifier)
+        return verify_by_function(response, answer, verifier)  # all of the response
+    response = response.rpartition("</think>")[2]
+    box = last_box(response)
     if verifier == "exact":
-        _, boxed, last = response.rpartition("\\boxed{")  # without a box, all of the response is `last`
-        end = "}" if boxed else r"\Z"
+        end = r"\Z" if box is None else "}"
+        last = response if box is None else box
         return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + end, last)))
-    import math_verify  # here, since it loads sympy, which 'exact' does not need
+    gold = gold_answer(answer)
+    if isinstance(gold, str):
+        return float(plain(answer_in(response)) == gold)
+    import math_verify  # here, since it takes a second, and 'exact' does not need it
 
-    gold = answer.rpartition("####")[2].strip()
-    gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would return a list
-    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
+    last = response.replace("\\$", "") if box is None else as_formula(answer_in(response))
+    found = math_verify.parse(last, parsing_timeout=2)  # seconds; usual responses take 0.01 s
+    return float(bool(gold) and math_verify.verify(gold, found, timeout_seconds=2))
 
 
 def stream_seed(*key):
@@ -148,6 +155,7 @@ def collect_file(args, tokenizer, policy, examples, out):
     """Samples and verifies K responses to each of the N prompts in `examples`; writes one rollouts.pt."""
     eos_ids = end_tokens(args.model, tokenizer)
     sample_engine = ENGINES[args.engine]  # `sample` or its vLLM equivalent, `sample_vllm`
+    verifying = []  # seconds of each batch
 
     def sample_batch(batch):
         """{prompt: (tokens, lengths [K], log-probs, rewards [K])} of some prompts, given by their index."""
@@ -157,10 +165,12 @@ def collect_file(args, tokenizer, policy, examples, out):
                                             eos_ids, seeds)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         found = {}
+        began = time.perf_counter()
         for place, i in enumerate(batch):
             own = slice(place * args.k, (place + 1) * args.k)
-            rewards = [verify(text, examples.answers[i], args.verifier) for text in texts[own]]
+            rewards = rewards_of(texts[own], examples.answers[i], args.verifier, f"example {i + 1}")
             found[i] = as_tensors(responses[own], logprobs[own], rewards)
+        verifying.append(time.perf_counter() - began)
         return found
 
     meta = {"format": FORMAT, "model": args.model, "data": " ".join(examples.sources), "k": args.k,
@@ -171,7 +181,7 @@ def collect_file(args, tokenizer, policy, examples, out):
         settings = [meta, examples.prompts, examples.answers, *fingerprints(args)]
         results = run_batches(sample_batch, plan_sampling(args, examples), out, settings)  # resumes
     if RANK == 0:
-        write_rollouts(out, examples, meta, results)
+        write_rollouts(out, examples, meta, results, verifying)
 
 
 def main():
@@ -284,6 +294,12 @@ file system) the ranks share the batches. The bytes are the same for any number 
 of threads each (torchrun sets one; some CPUs round differently with more). --engine vllm samples with vLLM in
 this process: faster on a GPU, but not bit-reproducible.
 
+--verifier math compares some answers as text, since math-verify would multiply their letters and compare
+their parts in any order: words and strings of letters (BA, no solution), letters or words with commas (b, a),
+numbers or letters in a row (2 1 3), dates and times (2024-01-05, 3:05 PM). Capitals, LaTeX's fonts and a full
+stop do not matter. All others are mathematics: B, 2x, 5 apples, 1/2, and 2, -1, which is 2 and -1 in any
+order. For another rule use exact or your own function, which gets the whole response, </think> included.
+
 response_tokens.split(response_lengths.tolist()) gives the responses. --k 0 stores prompts and answers only: a
 test set for train_grpo.py --eval.
 """
@@ -325,6 +341,94 @@ def parse_arguments():
     return args
 
 
+def last_box(text):
+    """What follows the opening brace of the last \\boxed{ or \\fbox{ that is not empty; None without one."""
+    starts = [box.end() for box in re.finditer(r"\\(?:boxed|fbox)\s*\{(?!\s*\})", text)]
+    return text[starts[-1]:] if starts else None
+
+
+def answer_in(text):
+    """The last box of a text, or else what follows '####', or else all of it, without currency signs."""
+    box = last_box(text)
+    if box is None:
+        text = text.rpartition("####")[2]
+    else:
+        text = ""  # of a box without its closing brace
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", box, re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                text = box[:brace.start()]
+                break
+    text = re.sub(r"\A[^$]*\$([^$]+)\$[\s.]*\Z", r"\1", text.replace("\\$", "").strip())  # the only formula
+    without = re.sub(r"\$(?=\s*[\d.])", "", text)
+    text = text if "$" in without else without  # $15: dollars
+    if re.fullmatch(r"[-+]?\d{1,3}((\\[ ,;:!]|[ ~])\d{3})+(\.\d+)?", text):  # 1\,000
+        text = re.sub(r"[^-+\d.]", "", text)
+    text = re.sub(r"\A([-+]?[\d.]+)[eE]([-+]?\d+)\Z", r"\1 \\times 10^{\2}", text)
+    return re.sub(r"\A([-+]?\d+) (\d+)/(\d+)\Z", r"\1\\frac{\2}{\3}", text)  # 3 1/2
+
+
+def as_formula(text):
+    return text if "$" in text else f"${text}$"
+
+
+def plain(text):
+    """A text without capitals, LaTeX's fonts and spaces, and marks that do not change what it says."""
+    text = re.sub(r"\\(?:text|math)[a-z]*|\\mbox|\\[()]|[{}$\"“”]|\.(?!\d)", "", text.casefold())
+    text = re.sub(r"\\[ ,;:!]|\\q?quad\b|~", " ", text)
+    text = re.sub(r"(?<=[^\W\d_]{2})[!?]", "", " ".join(text.split()))  # n! is a factorial
+    text = re.sub(r"\A[\[(]([^,]*)[\])]\Z", r"\1", text)  # (B), [2 1 3]
+    return re.sub(r" ?[,;] ?| and | or ", ", ", text)
+
+
+def is_text(answer):
+    """Whether `math` compares an answer as text: words, strings of letters, sequences, dates.
+
+    >>> [is_text(answer) for answer in ("BA", "no solution", "2 1 3", "b, a", "2024-01-05", "3:05 PM")]
+    [True, True, True, True, True, True]
+    >>> [is_text(answer) for answer in ("B", "2x", "5 apples", "1/2", "2, -1", "x=3", "\\\\pi")]
+    [False, False, False, False, False, False, False]
+    """
+    word = r"[^\W\d_]+['’][^\W\d_]+|[^\W\d_]{3,}(?:-[^\W\d_]{3,})+|[^\W_]+"  # a-b is a difference
+    token = rf"[-+]?\d+(?:[-/.:t]\d+)*z?|{word}"
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:/[1-9]\d*)? ?[^\W\d_]*(?: [^\W\d_]+)*"  # and its unit
+    ratio = r"\d+:[1-9]\d*"  # 3:05 is a time
+    items = plain(answer).split(", ")
+    if not all(re.fullmatch(token, part) for part in " ".join(items).split(" ")):
+        return False
+    letters = len(items) > 1 and not re.search(r"\d", answer)
+    return letters or any(len(item) > 1 and not re.fullmatch(f"{number}|{ratio}", item) for item in items)
+
+
+@lru_cache(maxsize=1000)  # once for all responses to a prompt
+def gold_answer(answer):
+    """What `math` compares responses with: text, or a list of expressions, empty if the answer has none."""
+    gold = answer_in(answer)
+    if is_text(gold):
+        return plain(gold)
+    import math_verify
+
+    return math_verify.parse(as_formula(gold))
+
+
+class VerifierError(Exception):
+    """What your own function did instead of returning a number in [0, 1]."""
+
+
+def rewards_of(responses, answer, verifier, prompt):
+    """R of each response, a text, to one prompt; equal ones are verified once. prompt: named in an error."""
+    rewards = {}
+    for number, response in enumerate(responses, start=1):
+        try:
+            if response not in rewards:
+                rewards[response] = verify(response, answer, verifier)
+        except VerifierError as error:
+            fail(verifier, f"{error}, response {number} to {prompt}", "a number in [0, 1]",
+                 "fix the function")
+    return [rewards[response] for response in responses]
+
+
 def verify_by_function(response, answer, name):
     """The reward by your own function. name: 'path/to/file.py:function'."""
     try:
@@ -333,8 +437,7 @@ def verify_by_function(response, answer, name):
             raise ValueError(f"it returned {reward}")
         return reward
     except Exception as error:
-        fail(name, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
-             "a number in [0, 1]", "fix the function")
+        raise VerifierError(f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}") from error
 
 
 @cache
@@ -342,9 +445,10 @@ def load_function(name):
     """The function that 'path/to/file.py:function' names. Runs the file."""
     path, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location("verifier", path)
+        sys.path.insert(0, str(Path(path).resolve().parent))  # it imports files beside it, as a script does
+        spec = importlib.util.spec_from_file_location("users_verifier", path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules["verifier"] = module  # dataclasses look their module up there
+        sys.modules["users_verifier"] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file raises
@@ -528,8 +632,11 @@ def as_tensors(responses, logprobs, rewards):
             torch.tensor(sum(logprobs, [])), torch.tensor(rewards))
 
 
-def write_rollouts(out, examples, meta, results):
-    """Writes rollouts.pt from the results of sample_batch, and prints a line about it."""
+def write_rollouts(out, examples, meta, results, verifying):
+    """Writes rollouts.pt from the results of sample_batch, and prints a line about it.
+
+    verifying: the seconds that this process has spent on verifying.
+    """
     n = len(examples.prompts)
     rows = {i: as_tensors([], [], []) for i in range(n)}  # of --k 0
     for result in results:
@@ -547,7 +654,7 @@ def write_rollouts(out, examples, meta, results):
     if meta["k"]:
         unequal = (rewards != rewards[:, :1]).any(1).float().mean()  # these have a gradient in sketch.py
         summary += (f" x {meta['k']} responses, {len(tokens)} tokens; mean reward {rewards.mean():.3f}, "
-                    f"{unequal:.0%} of prompts with unequal rewards")
+                    f"{unequal:.0%} of prompts with unequal rewards; {sum(verifying):.1f} s of verifying")
     print(summary)
 
 
