@@ -36,6 +36,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -45,12 +46,14 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from decimal import Decimal
 from functools import cache, lru_cache
 from pathlib import Path
 
 os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # gmpy2 cannot be interrupted by verify's time limit
 
 import datasets
+import pyarrow.parquet
 import torch
 import transformers
 from tqdm import tqdm
@@ -509,14 +512,19 @@ def read_examples(args, tokenizer, sources):
     for source in sources:
         rows = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
         for number, (prompt, answer, family) in enumerate(rows, start=1):
-            tokens = encode_prompt(prompt, args.instruction, tokenizer)
-            if len(tokens) > limit:
+            try:
+                tokens = encode_prompt(prompt, args.instruction, tokenizer)
+            except Exception as error:  # a template that refuses a role; text that is not Unicode
+                fail(source, f"a prompt that cannot be tokenized (example {number}: {error})",
+                     "one that the tokenizer and its chat template take", "correct or drop it")
+            if not 0 < len(tokens) <= limit:
                 fail(source, f"a prompt of {len(tokens)} tokens (example {number})",
-                     f"at most {limit} tokens with --max-new-tokens {args.max_new_tokens}",
+                     f"1 to {limit} tokens with --max-new-tokens {args.max_new_tokens}",
                      "drop it or lower --max-new-tokens")
             examples.prompts.append(tokens)
             examples.answers.append(answer)
             examples.families.append(family or (source if len(sources) > 1 else ""))
+        check_answers(source, examples.answers[-len(rows):], args.verifier)
     return examples
 
 
@@ -525,32 +533,117 @@ def load_examples(source, prompt_keys, answer_keys, family_key, limit):
 
     Prompt and answer are in the first of the keys that is a column. A list of answers is joined by commas.
     """
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     try:
-        if kind:
-            rows = datasets.load_dataset(kind, data_files=source, split="train")
-        else:
-            name, config, split = (source.split(":", 2) + ["", ""])[:3]
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # datasets wraps the reason: its cause says which line
+        rows = read_rows(source)
+        names = getattr(rows, "column_names", None) or list(dict.fromkeys(key for row in rows for key in row))
+        if len(rows) == 0:
+            raise ValueError("no example")
+    except Exception as error:  # datasets wraps the reason in one that says less
         fail(source, f"unreadable data ({error.__cause__ or error or repr(error)})",
              "a .jsonl or .parquet file that is not empty, or a hub data set", "fix the data")
     columns = []
     for keys in (prompt_keys, answer_keys):
-        found = [key for key in keys if key in rows.column_names]
+        found = [key for key in keys if key in names]
         if not found:
-            fail(source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}",
+            fail(source, f"columns {names}", f"a column {' or '.join(keys)}",
                  "set --prompt-key and --answer-key")
         columns.append(found[0])
     examples = []
-    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
-        prompt, answer = [row[column] for column in columns]
-        answers = answer if isinstance(answer, list) else [answer]
-        answer = ", ".join(str(part) for part in answers if part is not None)
-        if not prompt or not answer.strip():
-            fail(source, f"an empty prompt or answer in example {number}", f"text in {columns}", "drop it")
+    for number, row in zip(range(1, (limit or len(rows)) + 1), rows):
+        prompt, answer = [row.get(column) for column in columns]
+        try:
+            check_prompt(prompt)
+            answer = answer_text(answer)
+        except ValueError as error:
+            fail(source, f"{error} in example {number}",
+                 f"in {columns}, a text or chat messages up to the user's last, and a text or a number",
+                 "correct or drop it; dates are stored as text")
         examples.append((prompt, answer, str(row.get(family_key) or "")))
-    return examples or fail(source, "no example", "at least one", "check --data")
+    return examples
+
+
+EMPTY = "an empty prompt or answer"
+
+
+class Number(str):
+    """A number as a .jsonl file writes it: 1, 2.50 or 1e-05."""
+
+
+def read_rows(source):
+    """The rows of a data set. The name of a file is no pattern, as it would be for `datasets`."""
+    suffix = Path(source).suffix.lower()
+    if suffix not in (".jsonl", ".json", ".parquet"):
+        name, config, split = (source.split(":", 2) + ["", ""])[:3]
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    if not Path(source).is_file():
+        raise OSError("Unable to find the file")
+    if suffix == ".parquet":
+        with open(source, "rb") as file:
+            return datasets.Dataset(pyarrow.parquet.read_table(file))
+    content = Path(source).read_bytes()
+    decode = json.JSONDecoder(parse_float=Number, parse_int=Number).decode
+    if suffix == ".json" and content.lstrip().startswith(b"["):
+        return decode(content.decode())  # one list of objects
+    rows = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            if line.strip():
+                rows.append(dict(decode(line.decode("utf-8-sig"))))
+        except (TypeError, ValueError) as error:  # not UTF-8, no JSON, no object
+            raise ValueError(f"example {len(rows) + 1}, line {number}: {error}") from None
+    return rows
+
+
+def check_prompt(prompt):
+    """Raises ValueError if a prompt is neither a text nor chat messages for the policy to answer."""
+    messages = [{"role": "user", "content": prompt}] if type(prompt) is str else prompt
+    if not messages:
+        raise ValueError(EMPTY)
+    if not isinstance(messages, list):
+        raise ValueError(f"a prompt of type {type(prompt).__name__}")
+    for message in messages:
+        if not isinstance(message, dict) or {type(message.get(key)) for key in ("role", "content")} != {str}:
+            raise ValueError("a message without role or content as text")
+    if messages[-1]["role"] not in ("user", "system", "tool"):
+        raise ValueError(f"a last message of role {messages[-1]['role']!r} (it may be the answer)")
+    if not messages[-1]["content"].strip():
+        raise ValueError(EMPTY)
+
+
+def answer_text(value):
+    """An answer as the data writes it; a number of a typed column is written without an exponent."""
+    if isinstance(value, list):
+        return ", ".join(answer_text(part) for part in value) or answer_text(None)
+    if isinstance(value, float) and math.isfinite(value):
+        number = Decimal(int(value)) if value.is_integer() else Decimal(repr(value))  # as short as possible
+        value = f"{number:f}"
+    if value is None or not str(value).strip():
+        raise ValueError(EMPTY)
+    if not isinstance(value, (str, int, Decimal)):
+        raise ValueError(f"an answer of type {type(value).__name__} ({str(value)[:40]})")
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def check_answers(source, answers, verifier):
+    """Verifies \\boxed{answer} as a response, for up to 200 evenly spaced answers, and warns of rewards of 0.
+
+    If all are 0, the run ends; not for your own function (20 answers), which may expect another form.
+    """
+    own_function = verifier not in ("exact", "math")
+    tried = range(0, len(answers), math.ceil(len(answers) / (20 if own_function else 200)))
+    failed = []
+    for i in tried:
+        response = "\\boxed{" + (answer_in(answers[i]) if verifier == "math" else answers[i]) + "}"
+        if rewards_of([response], answers[i], verifier, f"example {i + 1}, tried before sampling") == [0]:
+            failed.append(i)
+    if not failed:
+        return
+    found = (f"{len(failed)} of {len(tried)} answers whose own \\boxed{{answer}} has reward 0, example "
+             f"{failed[0] + 1}: {answers[failed[0]][:80]!r}")
+    if len(failed) == len(tried) and not own_function:
+        fail(source, found, f"answers that the verifier {verifier} can read", "correct them or --verifier")
+    if RANK == 0:
+        print(f"collect.py: warning: {source}: {found}", file=sys.stderr)
 
 
 def encode_prompt(prompt, instruction, tokenizer):
@@ -558,7 +651,10 @@ def encode_prompt(prompt, instruction, tokenizer):
     if isinstance(prompt, str):
         prompt += instruction
         if tokenizer.chat_template is None:
-            return tokenizer(prompt).input_ids
+            tokens = tokenizer(prompt).input_ids
+            while tokens and tokens[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+                tokens.pop()  # some tokenizers append it: the policy would start after the end
+            return tokens
         prompt = [{"role": "user", "content": prompt}]
     elif tokenizer.chat_template is None:
         fail(tokenizer.name_or_path, "no chat template", "one, since a prompt is a list of chat messages",
