@@ -50,7 +50,8 @@ from decimal import Decimal
 from functools import cache, lru_cache
 from pathlib import Path
 
-os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # gmpy2 cannot be interrupted by verify's time limit
+os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # verify's time limit cannot interrupt gmpy2
+os.environ.setdefault("MPMATH_NOGMPY", "1")
 
 import datasets
 import pyarrow.parquet
@@ -625,12 +626,12 @@ def answer_text(value):
 
 
 def check_answers(source, answers, verifier):
-    """Verifies \\boxed{answer} as a response, for up to 200 evenly spaced answers, and warns of rewards of 0.
+    """Verifies \\boxed{answer} as a response, for up to 100 evenly spaced answers, and warns of rewards of 0.
 
     If all are 0, the run ends; not for your own function (20 answers), which may expect another form.
     """
     own_function = verifier not in ("exact", "math")
-    tried = range(0, len(answers), math.ceil(len(answers) / (20 if own_function else 200)))
+    tried = range(0, len(answers), math.ceil(len(answers) / (20 if own_function else 100)))
     failed = []
     for i in tried:
         response = "\\boxed{" + (answer_in(answers[i]) if verifier == "math" else answers[i]) + "}"

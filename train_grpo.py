@@ -49,7 +49,8 @@ from datetime import timedelta
 from functools import cache, lru_cache
 from pathlib import Path
 
-os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # gmpy2 cannot be interrupted by verify's time limit
+os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # verify's time limit cannot interrupt gmpy2
+os.environ.setdefault("MPMATH_NOGMPY", "1")
 
 import numpy as np
 import torch

@@ -223,13 +223,16 @@ def test_mathematics_is_not_compared_as_text():
 
 def test_arithmetic_that_the_time_limit_can_interrupt(tmp_path):
     """sympy computes with Python's integers, although a faster gmpy2, which ignores signals, is installed."""
-    (tmp_path / "gmpy2.py").write_text("raise SystemError('gmpy2 is used')")
+    (tmp_path / "gmpy2.py").write_text("def version(*arguments):\n    return '2.1.5'\n"
+                                       "def __getattr__(name):\n    return int\n")  # for mpz and others
     for stage in ("collect", "train_grpo"):
-        program = f"import {stage}, sympy.external.gmpy as g; print(g.GROUND_TYPES)"
-        environment = {name: value for name, value in os.environ.items() if name != "SYMPY_GROUND_TYPES"}
+        program = (f"import {stage}, sympy.external.gmpy, mpmath; "
+                   "print(sympy.external.gmpy.GROUND_TYPES, mpmath.libmp.BACKEND)")
+        ours = ("SYMPY_GROUND_TYPES", "MPMATH_NOGMPY")
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
                               env={**environment, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
-        assert done.stdout.strip() == "python", done.stderr
+        assert done.stdout.strip() == "python python", done.stderr
 
 
 @pytest.mark.parametrize("response", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^{8})!}",
