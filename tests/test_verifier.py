@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -216,9 +217,9 @@ ALGEBRA = ["9", r"\frac{14}{3}", "p - q", r"6 - 5i", "52_8", r"15\mbox{ cm}^2", 
 def test_mathematics_is_not_compared_as_text():
     assert [answer for answer in ALGEBRA if collect.is_text(answer)] == []
     for answer in ("1 2 " * 5000 + "$x", "5" + "a" * 5000 + "1", "word-" * 5000, "(" * 5000):
-        began = time.perf_counter()  # long answers are read in linear time
+        began = time.perf_counter()  # 0.01 s; a regular expression that backtracks would take hours
         collect.is_text(collect.answer_in(answer))
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 60
 
 
 def test_arithmetic_that_the_time_limit_can_interrupt(tmp_path):
@@ -237,10 +238,13 @@ def test_arithmetic_that_the_time_limit_can_interrupt(tmp_path):
 
 @pytest.mark.parametrize("response", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^{8})!}",
                                       r"\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}"])
-def test_time_limit_of_a_response(response):
-    began = time.perf_counter()
+def test_time_limit_of_a_response(response, monkeypatch):
+    collect.gold_answer("9")
+    limits = []
+    alarm = signal.alarm
+    monkeypatch.setattr(signal, "alarm", lambda seconds: limits.append(seconds) or alarm(seconds))
     assert collect.verify(response, "9", "math") == 0
-    assert time.perf_counter() - began < 4.5  # two limits of 2 s, instead of 5 s
+    assert set(limits) == {2, 0}  # seconds; 0 ends the limit
 
 
 def test_equal_responses_are_verified_once_and_the_seconds_are_told(world, tmp_path, call):
@@ -249,6 +253,7 @@ def test_equal_responses_are_verified_once_and_the_seconds_are_told(world, tmp_p
                                      "    print('verified', response)\n    return len(response) % 2\n")
     verifier = f"{tmp_path}/own.py:slow"
     assert collect.rewards_of(["a", "bb", "a", "a"], "x", verifier, "example 1") == [1, 0, 1, 1]
+    began = time.perf_counter()
     code, stdout, _ = call(collect, "--model", world / "base", "--data", world / "train.jsonl", "--limit", 4,
                            "--k", 8, "--max-new-tokens", 8, "--out", tmp_path / "r.pt",
                            "--verifier", verifier)
@@ -256,7 +261,7 @@ def test_equal_responses_are_verified_once_and_the_seconds_are_told(world, tmp_p
     verified = sum(line.startswith("verified") for line in lines) - 4 - 2  # in the test of answers, and above
     assert code == 0 and 4 <= verified < 32
     told = float(re.search(r"; ([\d.]+) s of verifying$", last)[1])
-    assert 0.05 * verified - 0.1 <= told <= 0.1 * verified + 0.5
+    assert 0.05 * verified - 0.1 <= told <= time.perf_counter() - began
     np.save(tmp_path / "s.npy", np.arange(4))
     assert call(train_grpo, "--model", world / "base", "--rollouts", tmp_path / "r.pt", "--select",
                 tmp_path / "s.npy", "--steps", 1, "--batch-size", 2, "--group", 2,
