@@ -38,6 +38,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -47,10 +48,15 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from decimal import Decimal
+from functools import cache, lru_cache
 from pathlib import Path
 
+os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # verify's time limit cannot interrupt gmpy2
+os.environ.setdefault("MPMATH_NOGMPY", "1")
+
 import datasets
+import pyarrow.parquet
 import torch
 import transformers
 from tqdm import tqdm
@@ -119,26 +125,31 @@ def verify(response, answer, verifier):
     """R(tau) in [0, 1]: whether, or how well, the text `response` gives `answer`.
 
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
+    'exact' and 'math' read what follows the last </think>, and of several boxes the last that is not empty.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
-    'math': math-verify compares the last expression with the answer as mathematics. For the answer 0.5, 1/2
-    is right; 3 - 2 + 4 is accepted for 5, even if it only repeats the prompt. If the answer contains '####'
-    (GSM8K), only the text after it counts.
+    'math': math-verify compares the last box, or else the last expression, with the answer as mathematics;
+    a word, a sequence or a date as text (`is_text`). For the answer 0.5, 1/2 is right; 3 - 2 + 4 is accepted
+    for 5, even if it only repeats the prompt. Of an answer with '####' (GSM8K) or a box, only that counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
     """
     if verifier not in ("exact", "math"):
-        return verify_by_function(response, answer, verifier)
+        return verify_by_function(response, answer, verifier)  # all of the response
+    response = response.rpartition("</think>")[2]
+    box = last_box(response)
     if verifier == "exact":
-        _, boxed, last = response.rpartition("\\boxed{")  # without a box, all of the response is `last`
-        end = "}" if boxed else r"\Z"
+        end = r"\Z" if box is None else "}"
+        last = response if box is None else box
         return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + end, last)))
-    import math_verify  # here, since it loads sympy, which 'exact' does not need
+    gold = gold_answer(answer)
+    if isinstance(gold, str):
+        return float(plain(answer_in(response)) == gold)
+    import math_verify  # here, since it takes a second, and 'exact' does not need it
 
-    gold = answer.rpartition("####")[2].strip()
-    gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would return a list
-    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
+    last = response.replace("\\$", "") if box is None else as_formula(answer_in(response))
+    found = math_verify.parse(last, parsing_timeout=2)  # seconds; usual responses take 0.01 s
+    return float(bool(gold) and math_verify.verify(gold, found, timeout_seconds=2))
 
 
 def stream_seed(*key):
@@ -150,6 +161,7 @@ def collect_file(args, tokenizer, policy, examples, out):
     """Samples and verifies K responses to each of the N prompts in `examples`; writes one rollouts.pt."""
     eos_ids = end_tokens(args.model, tokenizer)
     sample_engine = ENGINES[args.engine]  # `sample` or its vLLM equivalent, `sample_vllm`
+    verifying = []  # seconds of each batch
 
     def sample_batch(batch):
         """{prompt: (tokens, lengths [K], log-probs, rewards [K])} of some prompts, given by their index."""
@@ -159,10 +171,12 @@ def collect_file(args, tokenizer, policy, examples, out):
                                             eos_ids, seeds)
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         found = {}
+        began = time.perf_counter()
         for place, i in enumerate(batch):
             own = slice(place * args.k, (place + 1) * args.k)
-            rewards = [verify(text, examples.answers[i], args.verifier) for text in texts[own]]
+            rewards = rewards_of(texts[own], examples.answers[i], args.verifier, f"example {i + 1}")
             found[i] = as_tensors(responses[own], logprobs[own], rewards)
+        verifying.append(time.perf_counter() - began)
         return found
 
     meta = {"format": FORMAT, "model": args.model, "data": " ".join(examples.sources), "k": args.k,
@@ -173,7 +187,7 @@ def collect_file(args, tokenizer, policy, examples, out):
         settings = [meta, examples.prompts, examples.answers, *fingerprints(args)]
         results = run_batches(sample_batch, plan_sampling(args, examples), out, settings)  # resumes
     if RANK == 0:
-        write_rollouts(out, examples, meta, results)
+        write_rollouts(out, examples, meta, results, verifying)
 
 
 def main():
@@ -291,6 +305,12 @@ file system) the ranks share the batches. The bytes are the same for any number 
 of threads each (torchrun sets one; some CPUs round differently with more). --engine vllm samples with vLLM in
 this process: faster on a GPU, but not bit-reproducible.
 
+--verifier math compares some answers as text, since math-verify would multiply their letters and compare
+their parts in any order: words and strings of letters (BA, no solution), letters or words with commas (b, a),
+numbers or letters in a row (2 1 3), dates and times (2024-01-05, 3:05 PM). Capitals, LaTeX's fonts and a full
+stop do not matter. All others are mathematics: B, 2x, 5 apples, 1/2, and 2, -1, which is 2 and -1 in any
+order. For another rule use exact or your own function, which gets the whole response, </think> included.
+
 response_tokens.split(response_lengths.tolist()) gives the responses. --k 0 stores prompts and answers only: a
 test set for train_grpo.py --eval.
 """
@@ -333,6 +353,94 @@ def parse_arguments():
     return args
 
 
+def last_box(text):
+    """What follows the opening brace of the last \\boxed{ or \\fbox{ that is not empty; None without one."""
+    starts = [box.end() for box in re.finditer(r"\\(?:boxed|fbox)\s*\{(?!\s*\})", text)]
+    return text[starts[-1]:] if starts else None
+
+
+def answer_in(text):
+    """The last box of a text, or else what follows '####', or else all of it, without currency signs."""
+    box = last_box(text)
+    if box is None:
+        text = text.rpartition("####")[2]
+    else:
+        text = ""  # of a box without its closing brace
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", box, re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                text = box[:brace.start()]
+                break
+    text = re.sub(r"\A[^$]*\$([^$]+)\$[\s.]*\Z", r"\1", text.replace("\\$", "").strip())  # the only formula
+    without = re.sub(r"\$(?=\s*[\d.])", "", text)
+    text = text if "$" in without else without  # $15: dollars
+    if re.fullmatch(r"[-+]?\d{1,3}((\\[ ,;:!]|[ ~])\d{3})+(\.\d+)?", text):  # 1\,000
+        text = re.sub(r"[^-+\d.]", "", text)
+    text = re.sub(r"\A([-+]?[\d.]+)[eE]([-+]?\d+)\Z", r"\1 \\times 10^{\2}", text)
+    return re.sub(r"\A([-+]?\d+) (\d+)/(\d+)\Z", r"\1\\frac{\2}{\3}", text)  # 3 1/2
+
+
+def as_formula(text):
+    return text if "$" in text else f"${text}$"
+
+
+def plain(text):
+    """A text without capitals, LaTeX's fonts and spaces, and marks that do not change what it says."""
+    text = re.sub(r"\\(?:text|math)[a-z]*|\\mbox|\\[()]|[{}$\"“”]|\.(?!\d)", "", text.casefold())
+    text = re.sub(r"\\[ ,;:!]|\\q?quad\b|~", " ", text)
+    text = re.sub(r"(?<=[^\W\d_]{2})[!?]", "", " ".join(text.split()))  # n! is a factorial
+    text = re.sub(r"\A[\[(]([^,]*)[\])]\Z", r"\1", text)  # (B), [2 1 3]
+    return re.sub(r" ?[,;] ?| and | or ", ", ", text)
+
+
+def is_text(answer):
+    """Whether `math` compares an answer as text: words, strings of letters, sequences, dates.
+
+    >>> [is_text(answer) for answer in ("BA", "no solution", "2 1 3", "b, a", "2024-01-05", "3:05 PM")]
+    [True, True, True, True, True, True]
+    >>> [is_text(answer) for answer in ("B", "2x", "5 apples", "1/2", "2, -1", "x=3", "\\\\pi")]
+    [False, False, False, False, False, False, False]
+    """
+    word = r"[^\W\d_]+['’][^\W\d_]+|[^\W\d_]{3,}(?:-[^\W\d_]{3,})+|[^\W_]+"  # a-b is a difference
+    token = rf"[-+]?\d+(?:[-/.:t]\d+)*z?|{word}"
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:/[1-9]\d*)? ?[^\W\d_]*(?: [^\W\d_]+)*"  # and its unit
+    ratio = r"\d+:[1-9]\d*"  # 3:05 is a time
+    items = plain(answer).split(", ")
+    if not all(re.fullmatch(token, part) for part in " ".join(items).split(" ")):
+        return False
+    letters = len(items) > 1 and not re.search(r"\d", answer)
+    return letters or any(len(item) > 1 and not re.fullmatch(f"{number}|{ratio}", item) for item in items)
+
+
+@lru_cache(maxsize=1000)  # once for all responses to a prompt
+def gold_answer(answer):
+    """What `math` compares responses with: text, or a list of expressions, empty if the answer has none."""
+    gold = answer_in(answer)
+    if is_text(gold):
+        return plain(gold)
+    import math_verify
+
+    return math_verify.parse(as_formula(gold))
+
+
+class VerifierError(Exception):
+    """What your own function did instead of returning a number in [0, 1]."""
+
+
+def rewards_of(responses, answer, verifier, prompt):
+    """R of each response, a text, to one prompt; equal ones are verified once. prompt: named in an error."""
+    rewards = {}
+    for number, response in enumerate(responses, start=1):
+        try:
+            if response not in rewards:
+                rewards[response] = verify(response, answer, verifier)
+        except VerifierError as error:
+            fail(verifier, f"{error}, response {number} to {prompt}", "a number in [0, 1]",
+                 "fix the function")
+    return [rewards[response] for response in responses]
+
+
 def verify_by_function(response, answer, name):
     """The reward by your own function. name: 'path/to/file.py:function'."""
     try:
@@ -341,8 +449,7 @@ def verify_by_function(response, answer, name):
             raise ValueError(f"it returned {reward}")
         return reward
     except Exception as error:
-        fail(name, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
-             "a number in [0, 1]", "fix the function")
+        raise VerifierError(f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}") from error
 
 
 @cache
@@ -350,9 +457,10 @@ def load_function(name):
     """The function that 'path/to/file.py:function' names. Runs the file."""
     path, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location("verifier", path)
+        sys.path.insert(0, str(Path(path).resolve().parent))  # it imports files beside it, as a script does
+        spec = importlib.util.spec_from_file_location("users_verifier", path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules["verifier"] = module  # dataclasses look their module up there
+        sys.modules["users_verifier"] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file raises
@@ -459,10 +567,14 @@ def read_examples(args, tokenizer, sources):
     for source in sources:
         rows = load_examples(source, args.prompt_key, args.answer_key, args.family_key, args.limit)
         for number, (prompt, answer, family) in enumerate(rows, start=1):
-            tokens = encode_prompt(prompt, args.instruction, tokenizer)
-            if len(tokens) > limit:
+            try:
+                tokens = encode_prompt(prompt, args.instruction, tokenizer)
+            except Exception as error:  # a template that refuses a role; text that is not Unicode
+                fail(source, f"a prompt that cannot be tokenized (example {number}: {error})",
+                     "one that the tokenizer and its chat template take", "correct or drop it")
+            if not 0 < len(tokens) <= limit:
                 fail(source, f"a prompt of {len(tokens)} tokens (example {number})",
-                     f"at most {limit} tokens with --max-new-tokens {args.max_new_tokens}",
+                     f"1 to {limit} tokens with --max-new-tokens {args.max_new_tokens}",
                      "drop it or lower --max-new-tokens")
             if max(tokens) >= vocabulary:
                 fail(source, f"token {max(tokens)} in the prompt of example {number}",
@@ -470,6 +582,7 @@ def read_examples(args, tokenizer, sources):
             examples.prompts.append(tokens)
             examples.answers.append(answer)
             examples.families.append(family or (source if len(sources) > 1 else ""))
+        check_answers(source, examples.answers[-len(rows):], args.verifier)
     return examples
 
 
@@ -478,32 +591,117 @@ def load_examples(source, prompt_keys, answer_keys, family_key, limit):
 
     Prompt and answer are in the first of the keys that is a column. A list of answers is joined by commas.
     """
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
     try:
-        if kind:
-            rows = datasets.load_dataset(kind, data_files=source, split="train")
-        else:
-            name, config, split = (source.split(":", 2) + ["", ""])[:3]
-            rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # datasets wraps the reason: its cause says which line
+        rows = read_rows(source)
+        names = getattr(rows, "column_names", None) or list(dict.fromkeys(key for row in rows for key in row))
+        if len(rows) == 0:
+            raise ValueError("no example")
+    except Exception as error:  # datasets wraps the reason in one that says less
         fail(source, f"unreadable data ({error.__cause__ or error or repr(error)})",
              "a .jsonl or .parquet file that is not empty, or a hub data set", "fix the data")
     columns = []
     for keys in (prompt_keys, answer_keys):
-        found = [key for key in keys if key in rows.column_names]
+        found = [key for key in keys if key in names]
         if not found:
-            fail(source, f"columns {rows.column_names}", f"a column {' or '.join(keys)}",
+            fail(source, f"columns {names}", f"a column {' or '.join(keys)}",
                  "set --prompt-key and --answer-key")
         columns.append(found[0])
     examples = []
-    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), start=1):
-        prompt, answer = [row[column] for column in columns]
-        answers = answer if isinstance(answer, list) else [answer]
-        answer = ", ".join(str(part) for part in answers if part is not None)
-        if not prompt or not answer.strip():
-            fail(source, f"an empty prompt or answer in example {number}", f"text in {columns}", "drop it")
+    for number, row in zip(range(1, (limit or len(rows)) + 1), rows):
+        prompt, answer = [row.get(column) for column in columns]
+        try:
+            check_prompt(prompt)
+            answer = answer_text(answer)
+        except ValueError as error:
+            fail(source, f"{error} in example {number}",
+                 f"in {columns}, a text or chat messages up to the user's last, and a text or a number",
+                 "correct or drop it; dates are stored as text")
         examples.append((prompt, answer, str(row.get(family_key) or "")))
-    return examples or fail(source, "no example", "at least one", "check --data")
+    return examples
+
+
+EMPTY = "an empty prompt or answer"
+
+
+class Number(str):
+    """A number as a .jsonl file writes it: 1, 2.50 or 1e-05."""
+
+
+def read_rows(source):
+    """The rows of a data set. The name of a file is no pattern, as it would be for `datasets`."""
+    suffix = Path(source).suffix.lower()
+    if suffix not in (".jsonl", ".json", ".parquet"):
+        name, config, split = (source.split(":", 2) + ["", ""])[:3]
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    if not Path(source).is_file():
+        raise OSError("Unable to find the file")
+    if suffix == ".parquet":
+        with open(source, "rb") as file:
+            return datasets.Dataset(pyarrow.parquet.read_table(file))
+    content = Path(source).read_bytes()
+    decode = json.JSONDecoder(parse_float=Number, parse_int=Number).decode
+    if suffix == ".json" and content.lstrip().startswith(b"["):
+        return decode(content.decode())  # one list of objects
+    rows = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            if line.strip():
+                rows.append(dict(decode(line.decode("utf-8-sig"))))
+        except (TypeError, ValueError) as error:  # not UTF-8, no JSON, no object
+            raise ValueError(f"example {len(rows) + 1}, line {number}: {error}") from None
+    return rows
+
+
+def check_prompt(prompt):
+    """Raises ValueError if a prompt is neither a text nor chat messages for the policy to answer."""
+    messages = [{"role": "user", "content": prompt}] if type(prompt) is str else prompt
+    if not messages:
+        raise ValueError(EMPTY)
+    if not isinstance(messages, list):
+        raise ValueError(f"a prompt of type {type(prompt).__name__}")
+    for message in messages:
+        if not isinstance(message, dict) or {type(message.get(key)) for key in ("role", "content")} != {str}:
+            raise ValueError("a message without role or content as text")
+    if messages[-1]["role"] not in ("user", "system", "tool"):
+        raise ValueError(f"a last message of role {messages[-1]['role']!r} (it may be the answer)")
+    if not messages[-1]["content"].strip():
+        raise ValueError(EMPTY)
+
+
+def answer_text(value):
+    """An answer as the data writes it; a number of a typed column is written without an exponent."""
+    if isinstance(value, list):
+        return ", ".join(answer_text(part) for part in value) or answer_text(None)
+    if isinstance(value, float) and math.isfinite(value):
+        number = Decimal(int(value)) if value.is_integer() else Decimal(repr(value))  # as short as possible
+        value = f"{number:f}"
+    if value is None or not str(value).strip():
+        raise ValueError(EMPTY)
+    if not isinstance(value, (str, int, Decimal)):
+        raise ValueError(f"an answer of type {type(value).__name__} ({str(value)[:40]})")
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def check_answers(source, answers, verifier):
+    """Verifies \\boxed{answer} as a response, for up to 100 evenly spaced answers, and warns of rewards of 0.
+
+    If all are 0, the run ends; not for your own function (20 answers), which may expect another form.
+    """
+    own_function = verifier not in ("exact", "math")
+    tried = range(0, len(answers), math.ceil(len(answers) / (20 if own_function else 100)))
+    failed = []
+    for i in tried:
+        response = "\\boxed{" + (answer_in(answers[i]) if verifier == "math" else answers[i]) + "}"
+        if rewards_of([response], answers[i], verifier, f"example {i + 1}, tried before sampling") == [0]:
+            failed.append(i)
+    if not failed:
+        return
+    found = (f"{len(failed)} of {len(tried)} answers whose own \\boxed{{answer}} has reward 0, example "
+             f"{failed[0] + 1}: {answers[failed[0]][:80]!r}")
+    if len(failed) == len(tried) and not own_function:
+        fail(source, found, f"answers that the verifier {verifier} can read", "correct them or --verifier")
+    if RANK == 0:
+        print(f"collect.py: warning: {source}: {found}", file=sys.stderr)
 
 
 def encode_prompt(prompt, instruction, tokenizer):
@@ -511,7 +709,10 @@ def encode_prompt(prompt, instruction, tokenizer):
     if isinstance(prompt, str):
         prompt += instruction
         if tokenizer.chat_template is None:
-            return tokenizer(prompt).input_ids
+            tokens = tokenizer(prompt).input_ids
+            while tokens and tokens[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+                tokens.pop()  # some tokenizers append it: the policy would start after the end
+            return tokens
         prompt = [{"role": "user", "content": prompt}]
     elif tokenizer.chat_template is None:
         fail(tokenizer.name_or_path, "no chat template", "one, since a prompt is a list of chat messages",
@@ -633,8 +834,11 @@ def as_tensors(responses, logprobs, rewards):
             torch.tensor(sum(logprobs, [])), torch.tensor(rewards))
 
 
-def write_rollouts(out, examples, meta, results):
-    """Writes rollouts.pt from the results of sample_batch, and prints a line about it."""
+def write_rollouts(out, examples, meta, results, verifying):
+    """Writes rollouts.pt from the results of sample_batch, and prints a line about it.
+
+    verifying: the seconds that this process has spent on verifying.
+    """
     n = len(examples.prompts)
     rows = {i: as_tensors([], [], []) for i in range(n)}  # of --k 0
     for result in results:
@@ -652,7 +856,7 @@ def write_rollouts(out, examples, meta, results):
     if meta["k"]:
         unequal = (rewards != rewards[:, :1]).any(1).float().mean()  # these have a gradient in sketch.py
         summary += (f" x {meta['k']} responses, {len(tokens)} tokens; mean reward {rewards.mean():.3f}, "
-                    f"{unequal:.0%} of prompts with unequal rewards")
+                    f"{unequal:.0%} of prompts with unequal rewards; {sum(verifying):.1f} s of verifying")
     print(summary)
 
 

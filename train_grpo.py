@@ -46,8 +46,11 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+
+os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # verify's time limit cannot interrupt gmpy2
+os.environ.setdefault("MPMATH_NOGMPY", "1")
 
 import numpy as np
 import torch
@@ -228,8 +231,10 @@ def main():
 
     while state.done < args.steps and not run.stopped:
         began = time.perf_counter()
+        sampler.verifying_seconds = 0.0
         groups, row = sample_groups(sampler, rollouts, selected, state, args)
         row["sampling_seconds"] = time.perf_counter() - began
+        row["verifying_seconds"] = sampler.verifying_seconds  # a part of sampling_seconds
         for group in groups:
             group.advantages = group_advantage(torch.tensor(group.rewards))
         sampler.sleep()  # vLLM frees its memory for the update
@@ -333,6 +338,7 @@ class Sampler:
         self.kv_tokens = args.kv_tokens
         self.tokenizer = tokenizer
         self.model = None
+        self.verifying_seconds = 0.0  # on this rank, since it was last set to 0
         if args.engine == "vllm":
             longest = [int(r["prompt_lengths"].max()) + r["meta"]["max_new_tokens"] for r in rollouts]
             self.model = load_vllm(args.model, args.dtype, args.kv_tokens, max(longest))
@@ -385,7 +391,10 @@ class Sampler:
             for number, i in enumerate(some):
                 rows = slice(number * k, (number + 1) * k)
                 answer = rollouts["answers"][batch[own[i]]]
-                rewards = [verify(text, answer, meta["verifier"]) for text in texts[rows]]
+                name = f"prompt {batch[own[i]]}"
+                began = time.perf_counter()
+                rewards = rewards_of(texts[rows], answer, meta["verifier"], name)
+                self.verifying_seconds += time.perf_counter() - began
                 groups[own[i]] = Group(prompts[i], responses[rows], logprobs[rows], rewards)
         groups = gather_from_ranks(groups)
         return [groups[j] for j in range(len(batch))]
@@ -523,26 +532,31 @@ def verify(response, answer, verifier):
     """R(tau) in [0, 1]: whether, or how well, the text `response` gives `answer`.
 
     verifier 'path/to/file.py:function': the number in [0, 1] that your function(response, answer) returns.
+    'exact' and 'math' read what follows the last </think>, and of several boxes the last that is not empty.
     'exact': the last \\boxed{} of the response, or else all of it, is the answer up to white space.
-    'math': math-verify compares the last expression with the answer as mathematics. For the answer 0.5, 1/2
-    is right; 3 - 2 + 4 is accepted for 5, even if it only repeats the prompt. If the answer contains '####'
-    (GSM8K), only the text after it counts.
+    'math': math-verify compares the last box, or else the last expression, with the answer as mathematics;
+    a word, a sequence or a date as text (`is_text`). For the answer 0.5, 1/2 is right; 3 - 2 + 4 is accepted
+    for 5, even if it only repeats the prompt. Of an answer with '####' (GSM8K) or a box, only that counts.
 
     >>> verify("so it is \\\\boxed{cab}", "cab", "exact"), verify("It is 0.5.", "reason #### 1/2", "math")
     (1.0, 1.0)
     """
     if verifier not in ("exact", "math"):
-        return verify_by_function(response, answer, verifier)
+        return verify_by_function(response, answer, verifier)  # all of the response
+    response = response.rpartition("</think>")[2]
+    box = last_box(response)
     if verifier == "exact":
-        _, boxed, last = response.rpartition("\\boxed{")  # without a box, all of the response is `last`
-        end = "}" if boxed else r"\Z"
+        end = r"\Z" if box is None else "}"
+        last = response if box is None else box
         return float(bool(re.match(rf"\s*{re.escape(answer.strip())}\s*" + end, last)))
-    import math_verify  # here, since it loads sympy, which 'exact' does not need
+    gold = gold_answer(answer)
+    if isinstance(gold, str):
+        return float(plain(answer_in(response)) == gold)
+    import math_verify  # here, since it takes a second, and 'exact' does not need it
 
-    gold = answer.rpartition("####")[2].strip()
-    gold = math_verify.parse(gold if "\\boxed" in gold or "$" in gold else f"${gold}$")
-    last = response[max(response.rfind("\\boxed"), 0):]  # of several boxes math-verify would return a list
-    return float(bool(gold) and math_verify.verify(gold, math_verify.parse(last)))
+    last = response.replace("\\$", "") if box is None else as_formula(answer_in(response))
+    found = math_verify.parse(last, parsing_timeout=2)  # seconds; usual responses take 0.01 s
+    return float(bool(gold) and math_verify.verify(gold, found, timeout_seconds=2))
 
 
 # ---- micro-batches, several GPUs, mixed precision ----
@@ -669,13 +683,14 @@ NOTES = """
 of further prompts, in at most 10 rounds of --batch-size prompts per step (if too few remain, the batch is
 smaller), and J averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
 
-metrics.jsonl: step (over all phases), seconds (of this phase, without evaluation), sampling_seconds, eval
-(per test set, the mean reward of --eval-samples responses per prompt at --eval-temperature, and of one greedy
-response); of all that was sampled: reward, frac_reward_zero_std (share of groups with equal rewards), tokens,
-response_length (mean tokens), frac_truncated (share that reach the length limit), rounds; of the update:
-groups, kl and entropy (per token, in nats), grad_norm, sampling_logp_difference (mean |trainer's log-prob -
-sampler's| per token); sample and sample_reward, a prompt with its first response as text: read some, since a
-policy also learns what only deceives the verifier.
+metrics.jsonl: step (over all phases), seconds (of this phase, without evaluation), sampling_seconds,
+verifying_seconds (a part of these, on rank 0), eval (per test set, the mean reward of --eval-samples
+responses per prompt at --eval-temperature, and of one greedy response); of all that was sampled: reward,
+frac_reward_zero_std (share of groups with equal rewards), tokens, response_length (mean tokens),
+frac_truncated (share that reach the length limit), rounds; of the update: groups, kl and entropy (per token,
+in nats), grad_norm, sampling_logp_difference (mean |trainer's log-prob - sampler's| per token); sample and
+sample_reward, a prompt with its first response as text: read some, since a policy also learns what only
+deceives the verifier.
 
 The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
 from the last checkpoint (--save-every). On a CPU with the same number of threads, it ends with the same
@@ -820,6 +835,94 @@ def check_forward(policy):
              "choose another model")
 
 
+def last_box(text):
+    """What follows the opening brace of the last \\boxed{ or \\fbox{ that is not empty; None without one."""
+    starts = [box.end() for box in re.finditer(r"\\(?:boxed|fbox)\s*\{(?!\s*\})", text)]
+    return text[starts[-1]:] if starts else None
+
+
+def answer_in(text):
+    """The last box of a text, or else what follows '####', or else all of it, without currency signs."""
+    box = last_box(text)
+    if box is None:
+        text = text.rpartition("####")[2]
+    else:
+        text = ""  # of a box without its closing brace
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", box, re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                text = box[:brace.start()]
+                break
+    text = re.sub(r"\A[^$]*\$([^$]+)\$[\s.]*\Z", r"\1", text.replace("\\$", "").strip())  # the only formula
+    without = re.sub(r"\$(?=\s*[\d.])", "", text)
+    text = text if "$" in without else without  # $15: dollars
+    if re.fullmatch(r"[-+]?\d{1,3}((\\[ ,;:!]|[ ~])\d{3})+(\.\d+)?", text):  # 1\,000
+        text = re.sub(r"[^-+\d.]", "", text)
+    text = re.sub(r"\A([-+]?[\d.]+)[eE]([-+]?\d+)\Z", r"\1 \\times 10^{\2}", text)
+    return re.sub(r"\A([-+]?\d+) (\d+)/(\d+)\Z", r"\1\\frac{\2}{\3}", text)  # 3 1/2
+
+
+def as_formula(text):
+    return text if "$" in text else f"${text}$"
+
+
+def plain(text):
+    """A text without capitals, LaTeX's fonts and spaces, and marks that do not change what it says."""
+    text = re.sub(r"\\(?:text|math)[a-z]*|\\mbox|\\[()]|[{}$\"“”]|\.(?!\d)", "", text.casefold())
+    text = re.sub(r"\\[ ,;:!]|\\q?quad\b|~", " ", text)
+    text = re.sub(r"(?<=[^\W\d_]{2})[!?]", "", " ".join(text.split()))  # n! is a factorial
+    text = re.sub(r"\A[\[(]([^,]*)[\])]\Z", r"\1", text)  # (B), [2 1 3]
+    return re.sub(r" ?[,;] ?| and | or ", ", ", text)
+
+
+def is_text(answer):
+    """Whether `math` compares an answer as text: words, strings of letters, sequences, dates.
+
+    >>> [is_text(answer) for answer in ("BA", "no solution", "2 1 3", "b, a", "2024-01-05", "3:05 PM")]
+    [True, True, True, True, True, True]
+    >>> [is_text(answer) for answer in ("B", "2x", "5 apples", "1/2", "2, -1", "x=3", "\\\\pi")]
+    [False, False, False, False, False, False, False]
+    """
+    word = r"[^\W\d_]+['’][^\W\d_]+|[^\W\d_]{3,}(?:-[^\W\d_]{3,})+|[^\W_]+"  # a-b is a difference
+    token = rf"[-+]?\d+(?:[-/.:t]\d+)*z?|{word}"
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:/[1-9]\d*)? ?[^\W\d_]*(?: [^\W\d_]+)*"  # and its unit
+    ratio = r"\d+:[1-9]\d*"  # 3:05 is a time
+    items = plain(answer).split(", ")
+    if not all(re.fullmatch(token, part) for part in " ".join(items).split(" ")):
+        return False
+    letters = len(items) > 1 and not re.search(r"\d", answer)
+    return letters or any(len(item) > 1 and not re.fullmatch(f"{number}|{ratio}", item) for item in items)
+
+
+@lru_cache(maxsize=1000)  # once for all responses to a prompt
+def gold_answer(answer):
+    """What `math` compares responses with: text, or a list of expressions, empty if the answer has none."""
+    gold = answer_in(answer)
+    if is_text(gold):
+        return plain(gold)
+    import math_verify
+
+    return math_verify.parse(as_formula(gold))
+
+
+class VerifierError(Exception):
+    """What your own function did instead of returning a number in [0, 1]."""
+
+
+def rewards_of(responses, answer, verifier, prompt):
+    """R of each response, a text, to one prompt; equal ones are verified once. prompt: named in an error."""
+    rewards = {}
+    for number, response in enumerate(responses, start=1):
+        try:
+            if response not in rewards:
+                rewards[response] = verify(response, answer, verifier)
+        except VerifierError as error:
+            fail(verifier, f"{error}, response {number} to {prompt}", "a number in [0, 1]",
+                 "fix the function")
+    return [rewards[response] for response in responses]
+
+
 def verify_by_function(response, answer, name):
     """The reward by your own function. name: 'path/to/file.py:function'."""
     try:
@@ -828,8 +931,7 @@ def verify_by_function(response, answer, name):
             raise ValueError(f"it returned {reward}")
         return reward
     except Exception as error:
-        fail(name, f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}",
-             "a number in [0, 1]", "fix the function")
+        raise VerifierError(f"{error!r} for answer {answer[:80]!r} and response {response[:80]!r}") from error
 
 
 @cache
@@ -837,9 +939,10 @@ def load_function(name):
     """The function that 'path/to/file.py:function' names. Runs the file."""
     path, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location("verifier", path)
+        sys.path.insert(0, str(Path(path).resolve().parent))  # it imports files beside it, as a script does
+        spec = importlib.util.spec_from_file_location("users_verifier", path)
         module = importlib.util.module_from_spec(spec)
-        sys.modules["verifier"] = module  # dataclasses look their module up there
+        sys.modules["users_verifier"] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file raises

@@ -2,9 +2,15 @@
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import collect
 import score
@@ -154,3 +160,138 @@ def test_unknown_verifier_is_refused(world, tmp_path, call):
     code, _, error = call(collect, "--model", world / "base", "--data", world / "train.jsonl",
                           "--out", tmp_path / "r.pt", "--verifier", "maths")
     assert code == 2 and "maths" in error and "math, exact or path/to/file.py:function" in error
+
+
+FORMS = [  # response, gold answer, label: the answer's form decides how it is compared
+    # words and strings of letters: text, in which letters have an order
+    (r"\boxed{AB}", "AB", 1), (r"\boxed{BA}", "AB", 0), (r"\boxed{hello}", "olleh", 0),
+    (r"\boxed{\text{olleh}}", "olleh", 1), (r"\boxed{Evelyn}", r"\text{Evelyn}", 1),
+    (r"\boxed{\textbf{evelyn}.}", "Evelyn", 1), (r"\boxed{no\ solution}", r"\text{no solution}", 1),
+    (r"\boxed{noitulos on}", "no solution", 0), (r"\boxed{2OH}", "H2O", 0), ("olleh", "olleh", 1),
+    (r"The final answer is $\text{Evelyn}$.", "Evelyn", 1), (r"\boxed{b, a}", "a, b", 0),
+    # sequences and dates
+    (r"\boxed{2 1 3}", "2 1 3", 1), (r"\boxed{2 1 3}", "1 2 3", 0), (r"\boxed{6}", "1 2 3", 0),
+    (r"\boxed{2\ 1~3}", "$2 1 3$", 1), (r"\boxed{[3 1 2]}", "[1 2 3]", 0), (r"\boxed{c b a}", "a b c", 0),
+    (r"\boxed{2018}", "2024-01-05", 0), (r"\boxed{2024-01-05}", "2024-01-05", 1),
+    (r"\boxed{5/24240}", "5/12/2020", 0), (r"\boxed{January 5,2024}", "January 5, 2024", 1),
+    (r"\boxed{3:00 MP}", "3:00 PM", 0), (r"\boxed{3{:}00\text{ p.m.}}", "3:00 PM", 1),
+    (r"\boxed{-2}", "10-12", 0),
+    # mathematics, as before
+    (r"\boxed{b}", "B", 1), (r"\boxed{\text{(B)}}", "(B)", 1), (r"\boxed{x2}", "2x", 1),
+    (r"\boxed{1+2x+x^2}", "x^2+2x+1", 1), (r"\boxed{3,1,2}", "1,2,3", 1), (r"\boxed{5}", "5 apples", 1),
+    (r"\boxed{3,1,2}", r"\{1,2,3\}", 1), (r"\boxed{\{3,1,2\}}", "1, 2 and 3", 1), (r"\boxed{0.4}", "2:5", 1),
+    # currency, thousands, exponents, mixed numbers
+    (r"\boxed{18.90}", r"\$18.90", 1), (r"\boxed{\$18.9}", r"\$18.90", 1), (r"\boxed{15}", r"#### \$15", 1),
+    (r"\boxed{15}", "$15", 1), (r"\boxed{-5}", r"-\$5", 1), (r"It costs \$18.90.", r"\$18.90", 1),
+    (r"\boxed{16}", r"\$15", 0), (r"\boxed{\$20,\$15}", "$15 and $20", 1), (r"\boxed{0}", r"1\,000", 0),
+    (r"\boxed{1000}", r"1\,000", 1), (r"\boxed{12 000}", "12000", 1), (r"\boxed{0.00001}", "1e-05", 1),
+    (r"\boxed{3.5}", "3 1/2", 1), (r"\boxed{15\%}", "15%", 1), (r"\boxed{\frac{1}{2}}", r"$\frac{1}{2}$", 1),
+    (r"\boxed{0.5}", ".5", 1), (r"\boxed{18}", "18.", 1), (r"\boxed{18.}", "18", 1),
+    # what follows </think> is the response; the last box that is not empty counts
+    (r"<think>\boxed{4}</think> It is \boxed{5}", "4", 0), (r"<think>\boxed{4}</think> It is 5.", "4", 0),
+    (r"<think>\boxed{4}</think> It is 5.", "5", 1), (r"a</think>b</think>\boxed{5}", "5", 1),
+    (r"\boxed{4} \boxed{}", "4", 1), (r"\boxed{4} \boxed{ }", "4", 1), (r"\boxed{4} \boxed{5", "4", 0),
+    (r"\boxed{AB} \boxed{}", "AB", 1), (r"\fbox{4}", "4", 1), (r"\boxed{3} \fbox{4}", "3", 0),
+    (r"\boxed{4}. The final answer is $7$", "7", 0)]
+
+
+@pytest.mark.parametrize("response, answer, label", FORMS)
+def test_math_reads_an_answer_by_its_form(response, answer, label):
+    assert collect.verify(response, answer, "math") == train_grpo.verify(response, answer, "math") == label
+
+
+@pytest.mark.parametrize("response, answer, label", [
+    (r"<think>\boxed{cab}</think> abc", "cab", 0), (r"<think>no</think> abc", "abc", 1),
+    (r"\boxed{cab} \boxed{}", "cab", 1), (r"\boxed{cab} \boxed{abc}", "cab", 0), (r"\boxed{a}b}", "a}b", 1)])
+def test_exact_reads_the_last_full_box_of_the_answer(response, answer, label):
+    assert collect.verify(response, answer, "exact") == label
+
+
+ALGEBRA = ["9", r"\frac{14}{3}", "p - q", r"6 - 5i", "52_8", r"15\mbox{ cm}^2", "y = 2x + 3", "-ab", "3R^2",
+           "n!", r"\text{(C)}", r"1 \pm \sqrt{19}", r"\{1\pm\sqrt{5},-2\}", r"70 \sqrt{2}", "x > 3",
+           r"\cot x", "(3, 5)", r"\left(\frac{3}{5},\frac{8}{3}\right]", "1,-2", "x=3 or x=4", "12 cm", "-3",
+           "5^{10}", "f(x)", "3, x", r"\begin{pmatrix} -2 \\ -14 \end{pmatrix}", r"120^\circ", "1,234,567",
+           "033", r"\pi", "E", "2/3", "1:2"]
+
+
+def test_mathematics_is_not_compared_as_text():
+    assert [answer for answer in ALGEBRA if collect.is_text(answer)] == []
+    for answer in ("1 2 " * 5000 + "$x", "5" + "a" * 5000 + "1", "word-" * 5000, "(" * 5000):
+        began = time.perf_counter()  # 0.01 s; a regular expression that backtracks would take hours
+        collect.is_text(collect.answer_in(answer))
+        assert time.perf_counter() - began < 60
+
+
+def test_arithmetic_that_the_time_limit_can_interrupt(tmp_path):
+    """sympy computes with Python's integers, although a faster gmpy2, which ignores signals, is installed."""
+    (tmp_path / "gmpy2.py").write_text("def version(*arguments):\n    return '2.1.5'\n"
+                                       "def __getattr__(name):\n    return int\n")  # for mpz and others
+    for stage in ("collect", "train_grpo"):
+        program = (f"import {stage}, sympy.external.gmpy, mpmath; "
+                   "print(sympy.external.gmpy.GROUND_TYPES, mpmath.libmp.BACKEND)")
+        ours = ("SYMPY_GROUND_TYPES", "MPMATH_NOGMPY")
+        environment = {name: value for name, value in os.environ.items() if name not in ours}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                              env={**environment, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+        assert done.stdout.strip() == "python python", done.stderr
+
+
+@pytest.mark.parametrize("response", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{(10^{8})!}",
+                                      r"\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}"])
+def test_time_limit_of_a_response(response, monkeypatch):
+    collect.gold_answer("9")
+    limits = []
+    alarm = signal.alarm
+    monkeypatch.setattr(signal, "alarm", lambda seconds: limits.append(seconds) or alarm(seconds))
+    assert collect.verify(response, "9", "math") == 0
+    assert set(limits) == {2, 0}  # seconds; 0 ends the limit
+
+
+def test_equal_responses_are_verified_once_and_the_seconds_are_told(world, tmp_path, call):
+    """A verifier that takes 0.05 s; also the seconds of train_grpo.py's metrics."""
+    (tmp_path / "own.py").write_text("import time\ndef slow(response, answer):\n    time.sleep(0.05)\n"
+                                     "    print('verified', response)\n    return len(response) % 2\n")
+    verifier = f"{tmp_path}/own.py:slow"
+    assert collect.rewards_of(["a", "bb", "a", "a"], "x", verifier, "example 1") == [1, 0, 1, 1]
+    began = time.perf_counter()
+    code, stdout, _ = call(collect, "--model", world / "base", "--data", world / "train.jsonl", "--limit", 4,
+                           "--k", 8, "--max-new-tokens", 8, "--out", tmp_path / "r.pt",
+                           "--verifier", verifier)
+    *lines, last = stdout.splitlines()
+    verified = sum(line.startswith("verified") for line in lines) - 4 - 2  # in the test of answers, and above
+    assert code == 0 and 4 <= verified < 32
+    told = float(re.search(r"; ([\d.]+) s of verifying$", last)[1])
+    assert 0.05 * verified - 0.1 <= told <= time.perf_counter() - began
+    np.save(tmp_path / "s.npy", np.arange(4))
+    assert call(train_grpo, "--model", world / "base", "--rollouts", tmp_path / "r.pt", "--select",
+                tmp_path / "s.npy", "--steps", 1, "--batch-size", 2, "--group", 2,
+                "--out", tmp_path / "policy", "--verifier", verifier)[0] == 0
+    row = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[-1])
+    assert 0.1 <= row["verifying_seconds"] < row["sampling_seconds"]
+
+
+def test_verifier_with_files_beside_it(tmp_path, monkeypatch):
+    """Imported at the top and while it is called; one of them is called verifier.py."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "verifier.py").write_text("def half(response):\n    return len(response) / 2\n")
+    (folder / "later_helper.py").write_text("LIMIT = 1\n")
+    (folder / "own.py").write_text("from verifier import half\ndef reward(response, answer):\n"
+                                   "    from later_helper import LIMIT\n"
+                                   "    return min(half(response), LIMIT)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for module in (collect, train_grpo):
+        sys.modules.pop("later_helper", None)
+        assert module.verify("a", "x", "code/own.py:reward") == 0.5
+        assert module.verify("abcd", "x", "code/own.py:reward") == 1
+
+
+def test_failing_verifier_names_the_response(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def reward(response, answer):\n    return {'yes': 1}[response]\n")
+    for module in (collect, train_grpo):
+        with pytest.raises(SystemExit):
+            module.rewards_of(["yes", "yes", "no"], "x", f"{tmp_path}/own.py:reward", "example 7")
+        error = capsys.readouterr().err
+        assert "KeyError('no') for answer 'x' and response 'no', response 3 to example 7" in error
+        assert error.count("\n") == 1
