@@ -436,7 +436,7 @@ def draw_responses(advantages, m, seed):
     m_positive = min(len(positive), m // 2)
     m_negative = min(len(negative), m - m_positive)
     m_positive = min(len(positive), m - m_negative)
-    weights = torch.zeros(k)
+    weights = torch.zeros_like(advantages)
     for stratum, size in ((positive, m_positive), (negative, m_negative)):
         chosen = stratum[torch.randperm(len(stratum), generator=generator)[:size]]
         weights[chosen] = len(stratum) / size

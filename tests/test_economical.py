@@ -31,7 +31,10 @@ def group(rewards, numbers=None, advantages=None):
     ([1.0, 0, 0, 1], 2, 2 * 2), ([1.0, 0, 0, 1], 3, 2), ([1.0, 0, 0, 0], 2, 3), ([0.1, 0.2, 0.8, 1.0], 2, 4),
     ([0.1, 0.5, 0.5, 0.9], 3, 1), ([1.0, 0, 0, 0, 0, 0, 0, 0], 2, 7), ([1.0] * 7 + [0.0], 4, 35)])
 def test_mean_over_all_draws_is_the_gradient_of_all_responses(rewards, m, draws, monkeypatch):
-    """In float64. All draws, found with many seeds, are equally likely: their mean is the expectation."""
+    """All draws, found with many seeds, are equally likely: their mean is the expectation.
+
+    In float64, except for transformers' RMSNorm, which computes in float32.
+    """
     advantages = sketch.group_advantage(torch.tensor(rewards, dtype=torch.float64))
     found = {}
     counts = {}
@@ -51,7 +54,7 @@ def test_mean_over_all_draws_is_the_gradient_of_all_responses(rewards, m, draws,
         for name, gradient in part.items():
             mean[name] = mean[name] + gradient / draws
     for name, gradient in truth.items():
-        torch.testing.assert_close(mean[name], gradient, rtol=1e-9, atol=1e-12)
+        assert (mean[name] - gradient).norm() <= 1e-6 * gradient.norm()
 
 
 def test_right_and_wrong_responses_are_always_drawn():
