@@ -46,7 +46,10 @@ MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}                # length limit of a respon
 PHASES=${PHASES:-4}                   # number of phases, the paper's M
 STEPS=${STEPS:-50}                    # GRPO steps per phase
 ALPHA=${ALPHA:-0.1}                   # fraction of the train prompts selected
-CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts sketched, drawn anew in each phase
+RESPONSES=${RESPONSES:-}              # responses per train prompt to sketch, drawn in each phase; empty: K
+CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts with a gradient to sketch: those with the
+                                      # best scores in the phase before, and a fifth at random
+MOMENTUM=${MOMENTUM:-0}               # weight of the phases before in the average of scores; 0: none
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
 RHO_MAX=${RHO_MAX:-inf}               # cap on the ratio rho as a token's weight; inf: none, as in the paper
@@ -115,11 +118,12 @@ run_method() { # METHOD
     local policy=$MODEL # theta(m): the base policy at first
     local optimizer=()  # AdamW's state, kept across phases
     local objective=()
+    local before=() average=() # scores of the phase before, for sketch.py and score.py
     local m phase name val_sketches
     lock_folder "$folder" refuse
-    record_settings "$folder" $rollout_knobs PHASES STEPS ALPHA CANDIDATES KEEP DIM RHO_MAX SKETCH RRF_C \
-        BATCH GROUP TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE \
-        SAVE_EVERY
+    record_settings "$folder" $rollout_knobs PHASES STEPS ALPHA RESPONSES CANDIDATES MOMENTUM KEEP \
+        DIM RHO_MAX SKETCH RRF_C BATCH GROUP TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY \
+        EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
     if [ "$method" = dapo ]; then
         objective=(--dynamic-sampling --token-mean)
     fi
@@ -138,10 +142,14 @@ run_method() { # METHOD
             run_stage "$folder" "phase-$m-sketch" "${launch[@]}" "${SKETCH:-$ROOT/sketch.py}" \
                 --model "$policy" --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
                 --out "$phase/train.npy" "${val_sketches[@]}" --keep "$KEEP" --dim "$DIM" \
-                --candidates "$CANDIDATES" --rho-max "$RHO_MAX" \
+                ${RESPONSES:+--responses "$RESPONSES"} --candidates "$CANDIDATES" \
+                ${before[@]+"${before[@]}"} --rho-max "$RHO_MAX" \
                 ${BATCH_TOKENS:+--batch-tokens "$BATCH_TOKENS"} --dtype "$DTYPE" --seed "$SEED"
             run_stage "$folder" "phase-$m-score" "$PYTHON" "$ROOT/score.py" --train "$phase/train.npy" \
-                --val "${val_sketches[@]}" --out "$phase/selected.npy" --alpha "$ALPHA" --rrf-c "$RRF_C"
+                --val "${val_sketches[@]}" --out "$phase/selected.npy" --alpha "$ALPHA" --rrf-c "$RRF_C" \
+                ${average[@]+"${average[@]}"}
+            before=(--scores "$phase/scores.npy")
+            average=(--momentum "$MOMENTUM" --previous "$phase/scores.npy")
         else # the other methods need rewards at most; each phase has its own seed for random choices
             run_stage "$folder" "phase-$m-score" "$PYTHON" "$ROOT/score.py" --method "${method/dapo/full}" \
                 --rollouts "$ROLLOUTS/train.pt" --out "$phase/selected.npy" --alpha "$ALPHA" \

@@ -29,12 +29,13 @@ check_knobs() {
     [ -z "$SKETCH" ] || [ -f "$SKETCH" ] || die "SKETCH $SKETCH: no such file; set SKETCH to an existing one"
     check_each "a whole number above 0" "$whole" "x > 0" K K_VAL VAL_LIMIT MAX_NEW_TOKENS PHASES STEPS DIM \
         BATCH EVAL_EVERY EVAL_SAMPLES SAVE_EVERY NPROC ${KV_TOKENS:+KV_TOKENS} ${BATCH_TOKENS:+BATCH_TOKENS}
-    check_each "a whole number above 1" "$whole" "x > 1" GROUP
+    check_each "a whole number above 1" "$whole" "x > 1" GROUP ${RESPONSES:+RESPONSES}
     check_each "a whole number" "$whole" "x >= 0" SEED
     check_each "a number above 0" "$number" "x > 0" TEMPERATURE TRAIN_TEMPERATURE
     check_each "a number, 0 or more" "$number" "x >= 0" EVAL_TEMPERATURE RRF_C LR KL_COEF ENTROPY_COEF
     [ "$RHO_MAX" = inf ] || check_each "a number above 0, or inf" "$number" "x > 0" RHO_MAX
     check_each "a number above 0, at most 1" "$number" "x > 0 && x <= 1" KEEP
+    check_each "a number, 0 or more, below 1" "$number" "x >= 0 && x < 1" MOMENTUM
     check_each "a share above 0, at most 1, such as 0.1 or 1/10" "$share" "x > 0 && x <= 1" ALPHA
     check_each "a share from ALPHA ($ALPHA) to 1" "$share" "x >= $ALPHA && x <= 1" CANDIDATES
 }

@@ -237,7 +237,7 @@ def sketch_file(args, sketcher, identity, number):
     rewards = rollouts["rewards"]  # [N, K]
     advantages = group_advantage(rewards)  # [N, K]
     unequal = [i for i in range(len(rewards)) if rewards[i].max() > rewards[i].min()]  # others: no gradient
-    drawn, m = draw(args, number, unequal, advantages, identity)  # unless economical: all, with m = K
+    drawn, weighted, m = draw(args, number, unequal, advantages, identity)  # unless economical: all, m = K
     plan = plan_batches(prompt_sizes(rollouts, drawn), m, args.batch_tokens)
 
     def sketch_batch(micro_batch):
@@ -246,15 +246,15 @@ def sketch_file(args, sketcher, identity, number):
         sketches = 0
         log_ratios = []
         for first in range(0, m, n):
-            batch = [select_trajectories(rollouts, drawn, i, slice(first, first + n)) for i in prompts]
-            part, log_ratio = sketcher(batch, args.rho_max)
-            sketches = sketches + part  # a gradient is a sum over responses, and P drop(.) is linear
+            part = slice(first, first + n)
+            batch = [select_trajectories(rollouts, i, drawn[i][part], weighted[i][part]) for i in prompts]
+            found, log_ratio = sketcher(batch, args.rho_max)
+            sketches = sketches + found  # a gradient is a sum over responses, and P drop(.) is linear
             log_ratios.append(log_ratio.abs())
         log_ratios = torch.cat(log_ratios)
         return sketches.cpu(), len(log_ratios), float(log_ratios.sum()), float(log_ratios.max())
 
-    numbers = {i: numbers.tolist() for i, (numbers, _) in drawn.items()}
-    settings = [identity, args.batch_tokens, numbers, sha256(args.rollouts[number])]
+    settings = [identity, args.batch_tokens, drawn, sha256(args.rollouts[number])]
     results = run_batches(sketch_batch, plan, args.out[number], settings)  # resumes; ranks share the batches
     if RANK == 0:
         write_sketch(args, number, identity, len(rewards), len(unequal), m, plan, results, began)
@@ -402,7 +402,7 @@ def choose_sketcher(policy, projection):
 
 # ---- economical selection: ours, not the paper's, and never on by default; it changes numbers ----
 def draw(args, number, unequal, advantages, identity):
-    """What is sketched of --rollouts file `number`: {prompt: (numbers of m responses, their advantages)}, m.
+    """What to sketch of --rollouts file `number`: {prompt: numbers of m responses}, their advantages, and m.
 
     By default that is all K responses to each prompt in `unequal`. --candidates and --responses draw from
     them, in the first file only, anew for each policy. unequal: prompts with a gradient; advantages: [N, K].
@@ -413,10 +413,11 @@ def draw(args, number, unequal, advantages, identity):
         m = min(args.responses or k, k)
         candidates = draw_candidates(args, unequal, len(advantages), identity)
     drawn = {}
+    weighted = {}
     for i in candidates:
         seed = stream_seed(identity["seed"], identity["policy"], "responses", i)
-        drawn[i] = draw_responses(advantages[i], m, seed)
-    return drawn, m
+        drawn[i], weighted[i] = draw_responses(advantages[i], m, seed)
+    return drawn, weighted, m
 
 
 def draw_responses(advantages, m, seed):
@@ -425,11 +426,11 @@ def draw_responses(advantages, m, seed):
     Strata are the n+ responses with A > 0 and the n- with A < 0. Of these, m+ = min(n+, m // 2), m- = min(n-,
     m - m+) and then m+ = min(n+, m - m-) are drawn without replacement. A drawn response's A is multiplied by
     n+ / m+ or n- / m-. If fewer than m have A != 0, some with A = 0, which add nothing, are taken as well:
-    a micro-batch has equally many of each prompt. advantages: [K]. Returns two tensors [m].
+    a micro-batch has equally many of each prompt. advantages: [K]. Returns a list and a tensor [m].
     """
     k = len(advantages)
     if m == k:
-        return torch.arange(k), advantages
+        return list(range(k)), advantages
     generator = torch.Generator().manual_seed(seed)
     positive = (advantages > 0).nonzero()[:, 0]
     negative = (advantages < 0).nonzero()[:, 0]
@@ -441,7 +442,7 @@ def draw_responses(advantages, m, seed):
         chosen = stratum[torch.randperm(len(stratum), generator=generator)[:size]]
         weights[chosen] = len(stratum) / size
     numbers = weights.argsort(descending=True, stable=True)[:m].sort().values
-    return numbers, (weights * advantages)[numbers]
+    return numbers.tolist(), (weights * advantages)[numbers]
 
 
 def draw_candidates(args, unequal, n, identity):
@@ -675,21 +676,19 @@ def check_fits(path, rollouts, vocabulary, longest):
              f"ids below {vocabulary} and at most {longest} tokens", "collect with this model")
 
 
-def select_trajectories(rollouts, drawn, prompt, part):
-    """Trajectories of one prompt: a part (a slice) of those that are drawn, see `draw`."""
-    numbers, advantages = drawn[prompt]
+def select_trajectories(rollouts, prompt, numbers, advantages):
+    """Trajectories of one prompt: `numbers` of its K responses, and their advantages [n]."""
     k = rollouts["rewards"].shape[1]
-    rows = [prompt * k + int(number) for number in numbers[part]]
+    rows = [prompt * k + number for number in numbers]
     return Trajectories(rollouts["prompts"][prompt], [rollouts["responses"][row] for row in rows],
-                        [rollouts["logprobs"][row] for row in rows], advantages[part], k,
+                        [rollouts["logprobs"][row] for row in rows], advantages, k,
                         rollouts["meta"]["temperature"])
 
 
 def prompt_sizes(rollouts, drawn):
     """{prompt: (its tokens, tokens of the longest drawn response)} for plan_batches."""
     lengths = rollouts["response_lengths"].view_as(rollouts["rewards"])
-    return {i: (len(rollouts["prompts"][i]), int(lengths[i, numbers].max()))
-            for i, (numbers, _) in drawn.items()}
+    return {i: (len(rollouts["prompts"][i]), int(lengths[i, numbers].max())) for i, numbers in drawn.items()}
 
 
 def load_scores(path, unequal, n):

@@ -132,8 +132,6 @@ def gradients_of(policy, rollouts, prompts, projection, chosen=None, batch_token
     k = rollouts["meta"]["k"]
     chosen = chosen or range(k)
     advantages = sketch.group_advantage(rollouts["rewards"][:, chosen])
-    numbers = torch.tensor(chosen)
-    drawn = {i: (numbers, advantages[i]) for i in prompts}
     longest = rollouts["response_lengths"].view(-1, k)[:, chosen].amax(1).tolist()
     places = {prompt: place for place, prompt in enumerate(prompts)}
     sizes = {i: (len(rollouts["prompts"][i]), longest[i]) for i in prompts}
@@ -141,7 +139,7 @@ def gradients_of(policy, rollouts, prompts, projection, chosen=None, batch_token
     for batch, at_once in tqdm(plan, desc="gradients", unit="batch"):
         for first in range(0, len(chosen), at_once):
             part = slice(first, first + at_once)
-            taus = [sketch.select_trajectories(rollouts, drawn, i, part) for i in batch]
+            taus = [sketch.select_trajectories(rollouts, i, chosen[part], advantages[i, part]) for i in batch]
             for tau in taus:
                 tau.k = len(chosen)
             yield [places[i] for i in batch], sketch.sketch_prompts(policy, projection, taus)[0]

@@ -21,7 +21,7 @@ def group(rewards, numbers=None, advantages=None):
     responses = [torch.randint(2, 29, (2 + i,), generator=rng) for i in range(k)]
     beta = [torch.rand(len(response), generator=rng, dtype=torch.float64) - 3.5 for response in responses]
     if numbers is None:
-        numbers = torch.arange(k)
+        numbers = range(k)
         advantages = sketch.group_advantage(torch.tensor(rewards, dtype=torch.float64))
     return sketch.Trajectories(torch.tensor([3, 4, 5]), [responses[i] for i in numbers],
                                [beta[i] for i in numbers], advantages, k, 0.7)
@@ -40,8 +40,8 @@ def test_mean_over_all_draws_is_the_gradient_of_all_responses(rewards, m, draws,
     counts = {}
     for seed in range(60 * draws):
         numbers, weighted = sketch.draw_responses(advantages, m, seed)
-        assert len(numbers) == len(weighted) == m and len(set(numbers.tolist())) == m
-        key = tuple(numbers.tolist())
+        assert len(numbers) == len(weighted) == m and len(set(numbers)) == m
+        key = tuple(numbers)
         found[key] = numbers, weighted
         counts[key] = counts.get(key, 0) + 1
     assert len(found) == draws and min(counts.values()) > 20 and max(counts.values()) < 120
@@ -111,7 +111,7 @@ def test_same_bytes_for_any_number_of_ranks(inputs, tmp_path, call):
     assert np.abs(np.load(run("small", "--batch-tokens", 64)) - np.load(one)).max() < 1e-4
     rollouts = torch.load(inputs[3], weights_only=True)
     advantages = sketch.group_advantage(rollouts["rewards"])
-    numbers = [sketch.draw_responses(advantages[0], 2, seed)[0].tolist() for seed in range(20)]
+    numbers = [sketch.draw_responses(advantages[0], 2, seed)[0] for seed in range(20)]
     assert len({str(drawn) for drawn in numbers}) > 1
 
 
