@@ -52,6 +52,7 @@ from decimal import Decimal
 from functools import cache, lru_cache
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their core to others
 os.environ.setdefault("SYMPY_GROUND_TYPES", "python")  # verify's time limit cannot interrupt gmpy2
 os.environ.setdefault("MPMATH_NOGMPY", "1")
 

@@ -36,6 +36,8 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their core to others
+
 import numpy as np
 import torch
 from tqdm import tqdm

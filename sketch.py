@@ -38,15 +38,15 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their core to others
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.pytorch_utils import Conv1D
 
 
 # ==== 1. The paper ==========================================================================================
@@ -278,7 +278,8 @@ def main():
 # One backward pass makes the gradients of many prompts, in micro-batches of at most --batch-tokens tokens.
 # Without this part, sketch_prompt would make the same sketches, one prompt per pass.
 
-BATCHED = (nn.Linear, nn.Embedding, nn.LayerNorm, Conv1D)  # and every RMSNorm: what layer_gradients knows
+Conv1D = transformers.pytorch_utils.Conv1D
+BATCHED = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, Conv1D)  # and RMSNorm: layer_gradients
 # Numbers in a layer's per-prompt gradients held at a time (at least one prompt's): they fit a CPU's cache.
 CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 
@@ -289,16 +290,16 @@ def layer_gradients(layer, x, delta):
     x: the layer's input (of an RMSNorm, its output); delta: the gradient at its output. Both [b, T,
     features], T over the tokens of all of a prompt's rows; the x of an embedding is ids [b, T, 1].
     """
-    if isinstance(layer, nn.Embedding):
+    if isinstance(layer, torch.nn.Embedding):
         weight = torch.zeros(len(delta), *layer.weight.shape, device=x.device)
         weight.scatter_add_(1, x.expand_as(delta), delta.float())
         if layer.padding_idx is not None:
             weight[:, layer.padding_idx] = 0  # as in autograd: the padding id has no gradient
-    elif isinstance(layer, nn.Linear):
+    elif isinstance(layer, torch.nn.Linear):
         weight = matmul_float32(delta.mT, x)
     elif isinstance(layer, Conv1D):
         weight = matmul_float32(x.mT, delta)
-    elif isinstance(layer, nn.LayerNorm):
+    elif isinstance(layer, torch.nn.LayerNorm):
         weight = (delta.float() * F.layer_norm(x.float(), layer.normalized_shape, eps=layer.eps)).sum(1)
     else:  # RMSNorm: output / weight is the normalized input; if not (Gemma), choose_sketcher notices
         weight = (delta.float() * x).sum(1) / layer.weight.float()

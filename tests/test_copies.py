@@ -109,3 +109,11 @@ def test_stage_alone_in_a_folder(script, micro_run, world, tmp_path):
     made = {"collect.py": "train.pt", "sketch.py": "val.json", "score.py": "scores.npy",
             "train_grpo.py": "policy/model.safetensors"}
     assert (tmp_path / made[script]).exists()
+
+
+@pytest.mark.parametrize("script", [*STAGES, "toy/make_toy.py"])
+def test_waiting_threads_leave_their_core(script):
+    """Set before torch is imported, which reads it once, and only if the user has not."""
+    text = (ROOT / script).read_text()
+    setting = 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")'
+    assert text.count(setting) == 1 and text.index(setting) < text.index("\nimport torch")
