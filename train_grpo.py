@@ -667,7 +667,8 @@ SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORL
 NOTES = """
 --dynamic-sampling and --token-mean are DAPO (Yu et al. 2025): groups of equal rewards are replaced by those
 of further prompts, in at most 10 rounds of --batch-size prompts per step (if too few remain, the batch is
-smaller), and J averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
+smaller; the order goes on into the next epoch, so a short selection can give a prompt twice, with other
+responses), and J averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
 
 metrics.jsonl: step (over all phases), seconds (of this phase, without evaluation), sampling_seconds, eval
 (per test set, the mean reward of --eval-samples responses per prompt at --eval-temperature, and of one greedy
