@@ -57,6 +57,8 @@ SKETCH=${SKETCH:-}                    # script in place of sketch.py, to compare
 RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
 BATCH=${BATCH:-128}                   # prompts per GRPO step
 GROUP=${GROUP:-8}                     # responses per prompt in a GRPO step
+DYNAMIC=${DYNAMIC:-}                  # 1: dynamic sampling with any METHOD: further prompts replace those
+                                      # whose responses have equal rewards; METHOD=dapo always does this
 LR=${LR:-1e-6}                        # AdamW's learning rate, constant
 KL_COEF=${KL_COEF:-0.001}             # lambda_KL, the weight of the KL term to the base policy
 ENTROPY_COEF=${ENTROPY_COEF:-0.001}   # lambda_H, the weight of the entropy bonus
@@ -122,10 +124,12 @@ run_method() { # METHOD
     local m phase name val_sketches
     lock_folder "$folder" refuse
     record_settings "$folder" $rollout_knobs PHASES STEPS ALPHA RESPONSES CANDIDATES MOMENTUM KEEP \
-        DIM RHO_MAX SKETCH RRF_C BATCH GROUP TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY \
-        EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+        DIM RHO_MAX SKETCH RRF_C BATCH GROUP DYNAMIC TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF \
+        EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
     if [ "$method" = dapo ]; then
         objective=(--dynamic-sampling --token-mean)
+    elif [ -n "$DYNAMIC" ]; then
+        objective=(--dynamic-sampling)
     fi
     for ((m = 0; m < PHASES; m++)); do
         phase=$folder/phase-$m

@@ -30,6 +30,7 @@ check_knobs() {
     check_each "a whole number above 0" "$whole" "x > 0" K K_VAL VAL_LIMIT MAX_NEW_TOKENS PHASES STEPS DIM \
         BATCH EVAL_EVERY EVAL_SAMPLES SAVE_EVERY NPROC ${KV_TOKENS:+KV_TOKENS} ${BATCH_TOKENS:+BATCH_TOKENS}
     check_each "a whole number above 1" "$whole" "x > 1" GROUP ${RESPONSES:+RESPONSES}
+    check_each "1, or nothing" 1 "x == 1" ${DYNAMIC:+DYNAMIC}
     check_each "a whole number" "$whole" "x >= 0" SEED
     check_each "a number above 0" "$number" "x > 0" TEMPERATURE TRAIN_TEMPERATURE
     check_each "a number, 0 or more" "$number" "x >= 0" EVAL_TEMPERATURE RRF_C LR KL_COEF ENTROPY_COEF

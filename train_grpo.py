@@ -166,15 +166,17 @@ class Group:
 def grpo_step(policy, reference, optimizer, groups, args):
     """One AdamW update towards higher J on a batch of groups. Returns its row of metrics.jsonl.
 
-    J is a mean over the batch's responses (with --token-mean: over its tokens). Each micro-batch adds its
-    part of the gradient. reference: pi_ref, or None without a KL term. On several GPUs all ranks have all
-    groups, each computes its share of the micro-batches, and `weight` undoes FSDP2's average over ranks.
+    J is a mean over the batch's responses (with --token-mean: over its tokens), those without a gradient
+    included. Each micro-batch adds its part of the gradient. reference: pi_ref, or None without a KL term. On
+    several GPUs all ranks have all groups, each computes its share of the micro-batches, and `weight` undoes
+    FSDP2's average over ranks.
     """
     everything = sum([group.responses for group in groups], [])  # B*G responses
     n_responses = len(everything)
     n_tokens = sum(len(response) for response in everything)
-    sums = torch.zeros(3, device=policy.device)  # over all tokens: of k3, H and |logp - sampler's|
-    for batch, weight in share_of_rank(micro_batches(groups, args.batch_tokens)):  # 1 on one GPU
+    sums = torch.zeros(4, device=policy.device)  # over computed tokens: of k3, H, |logp - sampler's| and 1
+    computed = groups_with_gradient(groups, args)
+    for batch, weight in share_of_rank(micro_batches(computed, args.batch_tokens)):  # weight 1 on one GPU
         prompts = [group.prompt for group in batch]
         responses = sum([group.responses for group in batch], [])  # n of the G responses to each prompt
         with mixed_precision(policy, args.dtype):
@@ -198,12 +200,13 @@ def grpo_step(policy, reference, optimizer, groups, args):
         sampled = sum([group.logprobs for group in batch], [])
         sampled = pad_sequence([torch.tensor(logprobs) for logprobs in sampled], batch_first=True)
         difference = (logp - sampled.to(policy.device)).abs()  # 0 where there is no token
-        seen = [kl_k3(logp, logp_ref).sum(), entropy.sum(), difference.sum()]
+        seen = [kl_k3(logp, logp_ref).sum(), entropy.sum(), difference.sum(), mask.sum()]
         sums += weight * torch.stack(seen).detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    kl, entropy, difference = (mean_over_ranks(sums) / n_tokens).tolist()
+    sums = mean_over_ranks(sums)
+    kl, entropy, difference = (sums[:3] / sums[3]).tolist()
     return {"groups": len(groups), "kl": kl, "entropy": entropy, "sampling_logp_difference": difference,
             "grad_norm": float(whole(grad_norm))}
 
@@ -561,6 +564,17 @@ def verify(response, answer, verifier):
 
 
 # ---- micro-batches, several GPUs, mixed precision ----
+def groups_with_gradient(groups, args):
+    """All groups or, if lambda_KL = lambda_H = 0, those of unequal rewards: the others' gradient is 0.
+
+    If all have equal rewards, the first one remains: its gradient of zeros lets AdamW make its step (momentum
+    and weight decay), and every rank takes part.
+    """
+    if args.kl_coef != 0 or args.entropy_coef != 0:
+        return groups
+    return [group for group in groups if group.advantages.any()] or groups[:1]
+
+
 def micro_batches(groups, batch_tokens):
     """Lists of groups, or of parts of one large group, of at most batch_tokens tokens, longest first."""
     size = len(groups[0].responses)
@@ -682,7 +696,8 @@ SHARDS = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORL
 NOTES = """
 --dynamic-sampling and --token-mean are DAPO (Yu et al. 2025): groups of equal rewards are replaced by those
 of further prompts, in at most 10 rounds of --batch-size prompts per step (if too few remain, the batch is
-smaller), and J averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
+smaller; the order goes on into the next epoch, so a short selection can give a prompt twice, with other
+responses), and J averages over all tokens of the batch. Its higher upper clip has no effect where rho is 1.
 
 metrics.jsonl: step (over all phases), seconds (of this phase, without evaluation), sampling_seconds,
 verifying_seconds (a part of these, on rank 0), eval (per test set, the mean reward of --eval-samples
@@ -691,7 +706,9 @@ frac_reward_zero_std (share of groups with equal rewards), tokens, response_leng
 frac_truncated (share that reach the length limit), rounds; of the update: groups, kl and entropy (per token,
 in nats), grad_norm, sampling_logp_difference (mean |trainer's log-prob - sampler's| per token); sample and
 sample_reward, a prompt with its first response as text: read some, since a policy also learns what only
-deceives the verifier.
+deceives the verifier. With --kl-coef 0 --entropy-coef 0 the update leaves out groups of equal rewards, whose
+gradient is 0 (if all are equal, all but the first): kl, entropy and sampling_logp_difference are then means
+over the tokens of the other groups.
 
 The run works in OUT.part. If it is stopped (Ctrl-C saves a checkpoint) or killed, the same command resumes
 from the last checkpoint (--save-every). On a CPU with the same number of threads, it ends with the same

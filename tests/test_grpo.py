@@ -4,12 +4,14 @@ import argparse
 import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import group_logprobs, grpo_groups, tiny_qwen
 from test_gradients import relative_error
+from test_scale import shards, training
 from transformers import Qwen2Tokenizer
 
 import train_grpo
@@ -153,6 +155,116 @@ def test_accumulation_is_the_whole_batch():
     whole, first, _ = one_step(10**6)
     single, second, _ = one_step(1)  # twelve micro-batches of one response
     assert relative_error(single, whole) <= 1e-5 and second["kl"] == pytest.approx(first["kl"], rel=1e-5)
+
+
+MIXED = [[1.0, 1, 1, 1], [1, 0, 0, 1], [0.1, 0.1, 0.1, 0.1]]  # the first and the last group are equal
+EQUAL = [[1.0, 1, 1, 1], [0, 0, 0, 0], [0.1, 0.1, 0.1, 0.1]]
+
+
+def steps_without_coefficients(batches, monkeypatch, batch_tokens=40, token_mean=False, all_groups=False):
+    """An AdamW step with lambda_KL = lambda_H = 0 on each of the batches, which are given by their rewards.
+
+    all_groups: with the groups of equal rewards in the passes. Returns the policy; and the gradient, the row
+    of metrics and the responses that reached response_logits, all of the last step.
+    """
+    rng = torch.Generator().manual_seed(2)
+    policy = tiny_qwen(tied=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
+    args = argparse.Namespace(kl_coef=0.0, entropy_coef=0.0, max_grad_norm=1e9, batch_tokens=batch_tokens,
+                              train_temperature=0.8, token_mean=token_mean, dtype="float32")
+    gradient = []
+    seen = []
+
+    def keep_gradient(*_):
+        gradient.clear()
+        gradient.extend(parameter.grad.flatten() for parameter in policy.parameters())
+
+    def counted(policy, prompts, responses, temperature):
+        seen.extend(responses)
+        return original(policy, prompts, responses, temperature)
+
+    optimizer.register_step_pre_hook(keep_gradient)
+    original = train_grpo.response_logits
+    with monkeypatch.context() as patch:
+        patch.setattr(train_grpo, "response_logits", counted)
+        if all_groups:
+            patch.setattr(train_grpo, "groups_with_gradient", lambda groups, args: groups)
+        for rewards in batches:
+            lengths = torch.randint(1, 8, (12,), generator=rng).tolist()
+            responses = [torch.randint(29, (length,), generator=rng).tolist() for length in lengths]
+            logprobs = [[-1.0] * length for length in lengths]
+            groups = grpo_groups(PROMPTS, responses, logprobs, torch.tensor(rewards))
+            seen.clear()
+            row = train_grpo.grpo_step(policy, None, optimizer, groups, args)
+    return policy, torch.cat(gradient), row, (seen, responses)
+
+
+@pytest.mark.parametrize("token_mean", [False, True])
+@pytest.mark.parametrize("batch_tokens", [10**6, 40, 1])
+def test_equal_groups_are_left_out_and_change_no_gradient(token_mean, batch_tokens, monkeypatch):
+    """Only the second group reaches the policy; J is still a mean over all three, the metrics are not."""
+    settings = ([MIXED], monkeypatch, batch_tokens, token_mean)
+    _, whole, _, (seen, responses) = steps_without_coefficients(*settings, all_groups=True)
+    assert sorted(seen) == sorted(responses)
+    _, found, row, (seen, responses) = steps_without_coefficients(*settings)
+    assert sorted(seen) == sorted(responses[4:8])
+    assert whole.norm() > 0 and relative_error(found, whole) <= 1e-6
+    logp, mask = group_logprobs(tiny_qwen(tied=True), PROMPTS[1:2], responses[4:8], 0.8)
+    difference = (logp[mask] + 1).abs().mean().item()  # the sampler's log-probs are -1
+    assert row["sampling_logp_difference"] == pytest.approx(difference, rel=1e-5)
+    assert row["groups"] == 3 and row["kl"] == 0 and row["entropy"] > 0
+
+
+def test_batch_of_equal_groups_makes_the_same_update(monkeypatch):
+    """After an ordinary step, AdamW moves the weights by its momentum and weight decay, bit for bit."""
+    before, _, _, _ = steps_without_coefficients([MIXED], monkeypatch)
+    expected, _, _, _ = steps_without_coefficients([MIXED, EQUAL], monkeypatch, all_groups=True)
+    found, gradient, row, (seen, responses) = steps_without_coefficients([MIXED, EQUAL], monkeypatch)
+    assert sorted(seen) == sorted(responses[:4]) and not gradient.any()
+    for old, one, other in zip(before.parameters(), expected.parameters(), found.parameters()):
+        assert torch.equal(one, other) and not torch.equal(old, other)
+    assert row["grad_norm"] == 0 and all(math.isfinite(value) for value in row.values())
+
+
+@pytest.mark.parametrize("kl, entropy", [(KL, 0.0), (0.0, ENTROPY)])
+def test_equal_groups_stay_where_they_have_a_gradient(kl, entropy):
+    groups = grpo_groups(PROMPTS, [[3]] * 12, [[-1.0]] * 12, torch.tensor(MIXED))
+    args = argparse.Namespace(kl_coef=kl, entropy_coef=entropy)
+    assert train_grpo.groups_with_gradient(groups, args) == groups
+    args = argparse.Namespace(kl_coef=0.0, entropy_coef=0.0)
+    assert train_grpo.groups_with_gradient(groups, args) == groups[1:2]
+
+
+@pytest.mark.parametrize("verifier", ["exact", "all"])
+def test_two_processes_leave_out_equal_groups(verifier, micro_run, world, tmp_path, call, monkeypatch):
+    """FSDP2 with two ranks gives the metrics and policy of one. all: every response of the batch has 1.0."""
+    run = tmp_path / "run"
+    shutil.copytree(micro_run[0], run)
+    if verifier == "all":
+        (tmp_path / "all.py").write_text("def reward(response, answer):\n    return 1.0\n")
+        verifier = f"{tmp_path}/all.py:reward"
+        for name in ("train", "targeted"):
+            rollouts = torch.load(run / f"rollouts/{name}.pt", weights_only=True)
+            rollouts["meta"]["verifier"] = verifier
+            torch.save(rollouts, run / f"rollouts/{name}.pt")
+    model = run / "cropi/phase-0/policy"
+    more = ("--kl-coef", 0, "--entropy-coef", 0, "--verifier", verifier, "--lr", "1e-3", "--model", model,
+            "--optimizer", model / "optimizer.pt", "--steps", 2)
+    assert call(train_grpo, *training(run, world, tmp_path / "one", *more)[1:])[0] == 0
+    shards(training(run, world, tmp_path / "two", *more))
+    rows = [[json.loads(line) for line in open(tmp_path / out / "metrics.jsonl")] for out in ("one", "two")]
+    for first, second in zip(*rows, strict=True):
+        for name in ("reward", "groups", "entropy", "grad_norm", "sampling_logp_difference"):
+            assert second.get(name, 0) == pytest.approx(first.get(name, 0), rel=1e-3, abs=1e-6)
+    if verifier == "exact":
+        assert any(0 < row.get("frac_reward_zero_std", 0) < 1 for row in rows[0])
+    else:
+        assert all(row.get("grad_norm", 0) == 0 for row in rows[0])
+    base, first, second = (train_grpo.load_policy(path, "cpu", "float32").state_dict()
+                           for path in (model, tmp_path / "one", tmp_path / "two"))
+    moved = sum(((first[name] - base[name]) ** 2).sum() for name in base)
+    apart = sum(((second[name] - first[name]) ** 2).sum() for name in first)
+    assert moved > 0 and apart <= 1e-4 * moved
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -172,6 +172,33 @@ def test_dry_run_prints_every_command_and_writes_nothing(preset, tmp_path):
     assert len(dapo) == 1 and {"--dynamic-sampling", "--token-mean"} < set(dapo[0])
 
 
+def test_dynamic_sampling_with_any_method(quick):
+    """DYNAMIC=1 gives every training stage the option; dapo has it always, and alone the mean over tokens."""
+    for dynamic in ("", "1"):
+        done, _ = quick(DRY_RUN="1", DYNAMIC=dynamic, BASELINE=" ".join(METHODS))
+        for method in METHODS:
+            training = [line.split() for line in done.stdout.splitlines()
+                        if "/train_grpo.py " in line and f"/{method}/" in line]
+            assert len(training) == 2
+            for words in training:
+                assert words.count("--dynamic-sampling") == (dynamic == "1" or method == "dapo")
+                assert words.count("--token-mean") == (method == "dapo")
+    assert quick(DYNAMIC="1")[0].returncode == 0
+    settings = quick.folder / "run/cropi/settings.txt"
+    assert "\nDYNAMIC=1\n" in settings.read_text()
+    assert refused(quick()[0], "run/cropi/settings.txt", "< DYNAMIC=1", "> DYNAMIC=")
+
+
+def test_dynamic_sampling_in_the_loop(micro_run, world, tmp_path):
+    """CROPI with DYNAMIC=1 on the same rollouts: steps of several rounds, and no group of equal rewards."""
+    shutil.copytree(micro_run[0] / "rollouts", tmp_path / "rollouts")
+    run_loop(tmp_path, world, BASELINE="", DYNAMIC="1", PHASES="1", BATCH="8")
+    lines = (tmp_path / "cropi/phase-0/policy/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines[1:]]
+    assert len(steps) == 3 and any(row["rounds"] > 1 for row in steps)
+    assert all(row["groups"] == 8 for row in steps)
+
+
 def test_sources_arrive_as_they_are_and_names_are_unique(tmp_path):
     """A slice of a hub data set is not a pattern, even where a file matches it."""
     (tmp_path / "set:train[1]").touch()
@@ -319,12 +346,14 @@ def test_knobs_are_checked_at_the_start(quick):
     for name, values in {"GROUP": ("staff", "1", "8.0"), "K": ("0", "-1", "08", "a[0]"), "SEED": ("-1", "x"),
                          "BATCH_TOKENS": ("many",), "LR": ("1e", "-1"), "TRAIN_TEMPERATURE": ("0", "nan"),
                          "KEEP": ("1.1", "1/2"), "ALPHA": ("0", "1/0", "10%", "2"), "RHO_MAX": ("0", "Inf"),
-                         "CANDIDATES": ("0.05", "1.5"), "NPROC": ("gpu",)}.items():
+                         "CANDIDATES": ("0.05", "1.5"), "NPROC": ("gpu",), "DYNAMIC": ("0", "yes", "01"),
+                         }.items():
         for value in values:
             done, log = quick(**{name: value})
             assert refused(done, f"{name}: found {value}; expected ") and not log, (name, value, done.stderr)
     for name, value in (("ALPHA", "1/3"), ("CANDIDATES", "1/3"), ("LR", "1.e-6"), ("RHO_MAX", "inf"),
-                        ("RHO_MAX", "2"), ("EVAL_TEMPERATURE", "0"), ("SEED", "0"), ("KV_TOKENS", "")):
+                        ("RHO_MAX", "2"), ("EVAL_TEMPERATURE", "0"), ("SEED", "0"), ("KV_TOKENS", ""),
+                        ("DYNAMIC", ""), ("DYNAMIC", "1")):
         assert quick(DRY_RUN="1", **{name: value})[0].returncode == 0, (name, value)
     for name, value, words in (("VAL", " ", "VAL is not"), ("TRAIN", "\n", "TRAIN or VAL"),
                                ("VAL", "v.jsonl", "found v.jsonl"), ("TEST", "=t.jsonl", "found =t.jsonl"),
