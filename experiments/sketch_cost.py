@@ -8,6 +8,9 @@ floor      one plain forward and backward pass over the trajectories of all prom
            `shared floor`: the same, but each prompt is read once for its K responses, as in sketch.py.
 long       the same on SmolLM2 with responses of 300 tokens (sampled without an end token), two prompts. The
            trial against plain autograd, once per run of sketch.py, is left out and reported beside.
+economy    CPU seconds of sketch.py's work on train prompts (without trial and projection) with RESPONSES=2
+           and CANDIDATES=1/4, relative to all: the toy, and the prompts of `long`, where candidates are left
+           out (two prompts). Settings alternate; response tokens are reported beside.
 dense      TRAK's CPU projector (traker's BasicProjector) on the same kept coordinates of 8 gradients. 64 of
            its dim output dimensions are timed and EXTRAPOLATED to dim; it generates the random matrix block
            by block every time.
@@ -32,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
@@ -45,7 +49,7 @@ import collect
 import score
 import sketch
 
-PARTS = ["score", "memory", "toy", "smollm2", "long", "dense"]
+PARTS = ["score", "memory", "toy", "smollm2", "long", "economy", "dense"]
 
 
 def subset(source, out, prompts):
@@ -147,6 +151,29 @@ def sketching(policy, path, dim, batch_tokens, folder):
     for parts in folder.glob("sketch.npy.*.parts"):
         shutil.rmtree(parts)  # or the next round would resume from them
     return seconds, trial
+
+
+def economy(policy, path, dim, batch_tokens, settings, rounds, folder):
+    """CPU seconds and response tokens by (responses, candidates), and the ratios to the first setting."""
+    sketcher = sketch.choose_sketcher(policy, projection(dim))
+    identity = {"format": sketch.FORMAT, "policy": "", "seed": 0, "keep": 0.1, "dim": dim, "rho_max": "inf"}
+    rows = {setting: {"cpu_seconds": []} for setting in settings}
+    for _ in range(rounds):
+        for setting in settings:
+            responses, candidates = setting
+            args = argparse.Namespace(rollouts=[path], out=[folder / "sketch.npy"], scores=None, model="",
+                                      candidates=Fraction(candidates), responses=responses, rho_max=math.inf,
+                                      batch_tokens=batch_tokens)
+            began = time.process_time()
+            sketch.sketch_file(args, sketcher, identity, 0)
+            rows[setting]["cpu_seconds"].append(time.process_time() - began)
+            rows[setting]["tokens"] = json.loads((folder / "sketch.json").read_text())["tokens"]
+            for parts in folder.glob("sketch.npy.*.parts"):
+                shutil.rmtree(parts)
+    every = rows[settings[0]]["cpu_seconds"]
+    for row in rows.values():
+        row["relative"] = spread([some / all_ for some, all_ in zip(row["cpu_seconds"], every)])
+    return {f"responses {m or 'all'}, candidates {share}": row for (m, share), row in rows.items()}
 
 
 def floor_ratios(policy, path, dim, batches, batch_tokens, rounds, folder, count_trial=True):
@@ -289,6 +316,14 @@ def main():
                 results["toy"] = floor_ratios(policy, args.toy_rollouts, 8192, batches, 2048, args.rounds,
                                               folder)
                 results["floor_ratio_toy"] = results["toy"]["sketch / floor"]["median"]
+            elif part == "economy":
+                policy = sketch.load_policy(args.toy_model, "cpu", "float32")
+                settings = [(None, "1"), (2, "1"), (2, "1/4")]
+                results["economy_toy"] = economy(policy, args.toy_rollouts, 8192, 2048, settings, 3, folder)
+                if not absent:
+                    policy = sketch.load_policy(args.smollm2 / "base", "cpu", "float32")
+                    rollouts = long_rollouts(policy, smollm2, folder / "long.pt")
+                    results["economy_long"] = economy(policy, rollouts, 32768, 2560, settings[:2], 3, folder)
             elif absent:
                 summary = {"smollm2": "floor_ratio_smollm2", "long": "floor_ratio_long",
                            "dense": "dense_speedup_smollm2"}[part]
@@ -314,6 +349,11 @@ def main():
     for key, value in results.items():
         if isinstance(value, (int, float)):
             print(f"{key:24}{value}")
+    for world in ("economy_toy", "economy_long"):
+        for key, row in results.get(world, {}).items():
+            shown = row["relative"]
+            print(f"{world:14}{key:34}{row['tokens']:8} tokens, CPU seconds {shown['median']:6.3f} of all  "
+                  f"({shown['min']:.3f} to {shown['max']:.3f})")
     for world in ("toy", "smollm2", "long"):
         for key, value in results[world].items() if isinstance(results.get(world), dict) else ():
             if " / " in key:
