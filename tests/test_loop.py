@@ -178,7 +178,7 @@ def test_dynamic_sampling_with_any_method(quick):
         done, _ = quick(DRY_RUN="1", DYNAMIC=dynamic, BASELINE=" ".join(METHODS))
         for method in METHODS:
             training = [line.split() for line in done.stdout.splitlines()
-                        if "/train_grpo.py " in line and f"/{method}/" in line]
+                        if "/train_grpo.py " in line and f" run/{method}/phase" in line]
             assert len(training) == 2
             for words in training:
                 assert words.count("--dynamic-sampling") == (dynamic == "1" or method == "dapo")
