@@ -89,11 +89,12 @@ def speed(policy, path, dim, batch_tokens, rounds):
     tokens = len(sketch.load_rollouts(path)["response_tokens"])
     rates, failed = {name: [] for name in methods}, {}
     for round_number in range(rounds + 1):  # the first warms up: maps are drawn, memory is taken
-        for name, method in methods.items():
+        first = round_number % len(methods)  # another method begins in each round
+        for name in [*methods][first:] + [*methods][:first]:
             if name in failed:
                 continue
             try:
-                seconds = cpu_seconds(partial(method, path, batch_tokens))
+                seconds = cpu_seconds(partial(methods[name], path, batch_tokens))
                 if round_number > 0:
                     rates[name].append(tokens / seconds)
             except Exception as error:  # a library may raise anything
@@ -182,7 +183,7 @@ def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--parts", nargs="+", default=["toy", "few", "long", "precision"], help="(all)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the toy (5); SmolLM2 has 3")
+    parser.add_argument("--rounds", type=int, default=8, help="of the toy (8); SmolLM2 has 2")
     parser.add_argument("--seeds", type=int, default=5, help="of the projections (5)")
     parser.add_argument("--out", type=Path, default=ROOT / "experiments/results/folded.json")
     args = parser.parse_args()
@@ -199,17 +200,17 @@ def main():
             command = " ".join(["python experiments/folded_compare.py", *sys.argv[1:]])
             results.setdefault("commands", {})[part] = command
             if part == "toy":
-                few = sketch_cost.subset(TOY, folder / "toy.pt", sketch_cost.prompts_with_variance(TOY)[::8])
+                few = sketch_cost.subset(TOY, folder / "toy.pt", sketch_cost.prompts_with_variance(TOY)[::32])
                 results[part] = speed(load(RUNS / "toy/world/base"), few, 8192, 512, args.rounds)
             elif part == "few":
-                prompts = sketch_cost.prompts_with_variance(SMOLLM2)[:6]
+                prompts = sketch_cost.prompts_with_variance(SMOLLM2)[:3]
                 few = sketch_cost.subset(SMOLLM2, folder / "few.pt", prompts)
-                results[part] = speed(load(RUNS / "smollm2/base"), few, 32768, 512, 3)
+                results[part] = speed(load(RUNS / "smollm2/base"), few, 32768, 512, 2)
             elif part == "long":
                 policy = load(RUNS / "smollm2/base")
-                both = sketch_cost.long_rollouts(policy, SMOLLM2, folder / "both.pt")
+                both = sketch_cost.long_rollouts(policy, SMOLLM2, folder / "both.pt", 150)
                 one = sketch_cost.subset(both, folder / "long.pt", [0])
-                results[part] = speed(policy, one, 32768, 2560, 3)
+                results[part] = speed(policy, one, 32768, 2560, 2)
             else:
                 results[part] = {}
                 prompts = sparse_ratio.prompts_with_variance(TOY, 300)
