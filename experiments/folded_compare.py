@@ -60,11 +60,12 @@ def sketching(factors, sketcher, policy, projection, path, batch_tokens):
     sketch.layer_gradients = factors
     rollouts = sketch.load_rollouts(path)
     advantages = sketch.group_advantage(rollouts["rewards"])
-    sizes = sketch.prompt_sizes(rollouts, range(len(advantages)))
-    k = rollouts["meta"]["k"]
-    for prompts, n in sketch.plan_batches(sizes, k, batch_tokens):
-        for ks in torch.arange(k).split(n):
-            batch = [sketch.select_trajectories(rollouts, advantages, i, ks) for i in prompts]
+    ks = range(rollouts["meta"]["k"])
+    sizes = sketch.prompt_sizes(rollouts, {i: ks for i in range(len(advantages))})
+    for prompts, n in sketch.plan_batches(sizes, len(ks), batch_tokens):
+        for first in range(0, len(ks), n):
+            part = slice(first, first + n)
+            batch = [sketch.select_trajectories(rollouts, i, ks[part], advantages[i, part]) for i in prompts]
             sketcher(policy, projection, batch)
 
 
@@ -135,7 +136,7 @@ def gradients(policy, path, prompts):
     advantages = sketch.group_advantage(rollouts["rewards"])
     for i in prompts:
         ks = range(rollouts["meta"]["k"])
-        yield sketch.prompt_gradient(policy, sketch.select_trajectories(rollouts, advantages, i, ks))[0]
+        yield sketch.prompt_gradient(policy, sketch.select_trajectories(rollouts, i, ks, advantages[i]))[0]
 
 
 def flat(gradient):
