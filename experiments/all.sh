@@ -37,5 +37,6 @@ once "$PYTHON" experiments/sampler_speed.py
 once "$PYTHON" experiments/train_cost.py
 once bash experiments/smollm2.sh
 once "$PYTHON" experiments/sketch_cost.py
+once "$PYTHON" experiments/folded_compare.py
 once "$PYTHON" experiments/sparse_ratio.py toy --dense-numbers 3.5e9
 once "$PYTHON" experiments/sparse_ratio.py smollm2 --prompts 50 --seeds 3 --dense-numbers 1e8
