@@ -97,11 +97,13 @@ def trust(norms, halves):
 
 
 def average_scores(scores, previous, momentum):
-    """S(m) = (1 - mu) U(m) + mu S(m-1), or the one of the two that exists. Ours, not the paper's: less noisy.
+    """S(m) = (1 - mu) U(m) + mu S(m-1); S(m-1) for prompts that were not sketched in phase m.
 
-    scores: U(m) [N, V], -inf where a prompt was not sketched in this phase; previous: S(m-1), momentum: mu.
+    It is ours, not the paper's: less noisy. scores: U(m) [N, V], a row of -inf for a prompt that was not
+    sketched; previous: S(m-1), -inf where there was no score (then S = U); momentum: mu.
     """
-    average = np.where(np.isfinite(scores), scores, previous)
+    sketched = np.isfinite(scores).any(1, keepdims=True)
+    average = np.where(sketched, scores, previous)
     both = np.isfinite(scores) & np.isfinite(previous)
     average[both] = (1 - momentum) * scores[both] + momentum * previous[both]
     return average
@@ -152,12 +154,12 @@ def main():
         fail("--alpha", f"{float(args.alpha)} of {n_prompts} prompts", "at least one prompt", "raise it")
     with replacing(args.out) as file:  # opened first, to fail early; appears as --out when complete
         if args.method == "cropi":
-            scores, trusts = influence(args.train, args.val)  # [N, V]
-            ranked = scores
+            influences, trusts = influence(args.train, args.val)  # [N, V]
+            scores = influences
             if args.previous:
-                sketched = np.isfinite(scores).any(1, keepdims=True)  # only these can be selected
                 scores = average_scores(scores, load_previous(args, scores.shape), args.momentum)
-                ranked = np.where(sketched, scores, -np.inf)
+            sketched = np.isfinite(influences).any(1, keepdims=True)
+            ranked = np.where(sketched, scores, -np.inf)  # only what was sketched now can be selected
             selected = select(reciprocal_rank_fusion(ranked, n, args.rrf_c), n)
         else:
             selected = select_baseline(args.method, load_rewards(args.rollouts), n, args.seed)
@@ -165,7 +167,7 @@ def main():
             source = args.train if args.method == "cropi" else args.rollouts
             fail(source, "no prompt with unequal rewards", "at least one", "raise K in collect.py")
         if args.method == "cropi":
-            report_trust(trusts, scores, selected)
+            report_trust(trusts, influences, selected)
             write_scores(args.out, scores, trusts)
         np.save(file, selected.astype(np.int64))
     note = f" (fewer than floor(alpha N) = {n}: the others' sketches are zero)" if len(selected) < n else ""

@@ -209,6 +209,26 @@ def test_momentum_of_zero_is_the_paper(tmp_path, call):
     assert np.array_equal(plain[0], zero[0]) and np.array_equal(plain[1], zero[1])
 
 
+def test_a_set_without_a_gradient_ranks_nothing_by_its_old_scores(tmp_path, call):
+    """With momentum 0, as run_cropi.sh calls it by default, earlier scores change nothing."""
+    rng = np.random.default_rng(5)
+    train = rng.normal(size=(30, 8))
+    found = {}
+    for name, second in (("before", rng.normal(size=(10, 8))), ("plain", np.zeros((10, 8)))):
+        (tmp_path / name).mkdir()
+        sketches = [write_sketch(tmp_path / name / f"{part}.npy", array)
+                    for part, array in (("t", train), ("a", np.ones((10, 8))), ("b", second))]
+        for out, more in (("s", []), ("again", ["--previous", tmp_path / "before/scores.npy"])):
+            if name == "before" and out == "again":
+                continue
+            assert call(score, "--train", sketches[0], "--val", *sketches[1:], "--alpha", "0.2", "--out",
+                        tmp_path / name / f"{out}.npy", *more)[0] == 0
+            found[name, out] = [np.load(tmp_path / name / f"{file}.npy") for file in (out, "scores")]
+    plain, again = found["plain", "s"], found["plain", "again"]
+    assert np.isneginf(plain[1][:, 1]).all()
+    assert np.array_equal(plain[0], again[0]) and np.array_equal(plain[1], again[1])
+
+
 def test_fewer_candidates_than_the_selection(tmp_path, call):
     """Only candidates are selected, even if others have a score of an earlier phase; the line says so."""
     rng = np.random.default_rng(3)
