@@ -1,7 +1,8 @@
 """Plots and a table of one or more runs of run_cropi.sh.
 
 Reads   run folders RUN/METHOD (and RUN/rollouts next to them). Runs of one method with several seeds are
-        drawn as their mean with a band from the lowest to the highest.
+        drawn as their mean with a band from the lowest to the highest. Runs without metrics.jsonl (of another
+        trainer, or of STEPS=0) have no curves.
 Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps, seconds and sampled tokens. Solid
                            lines: mean reward at the evaluation's temperature; dotted: greedy decoding.
                            Seconds and tokens cover training, selection and the collection that the method
@@ -55,12 +56,16 @@ def read_run(folder):
     try:
         seconds = read_seconds(folder / "seconds.tsv")
         collected = read_seconds(shared / "seconds.tsv")
-        while (metrics := folder / f"phase-{len(phases)}" / "policy" / "metrics.jsonl").exists():
+        while (selected := folder / f"phase-{len(phases)}" / "selected.npy").exists():
             m = len(phases)
+            metrics = selected.parent / "policy" / "metrics.jsonl"
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            rows = [json.loads(line) for line in lines]
             phases.append({
-                "selected": np.load(folder / f"phase-{m}" / "selected.npy"),
+                "selected": np.load(selected),
                 "selection": seconds.get(f"phase-{m}-sketch", 0) + seconds.get(f"phase-{m}-score", 0),
-                "rows": [json.loads(line) for line in metrics.read_text().splitlines()]})
+                "training": rows[-1]["seconds"] if rows else seconds.get(f"phase-{m}-train", 0),
+                "rows": rows})
         rollouts = torch.load(shared / "train.pt", weights_only=True, mmap=True)
         tokens = 0
         for path in [path for stage in needed for path in shared.glob(f"{stage}*.pt")]:
@@ -68,8 +73,7 @@ def read_run(folder):
     except (OSError, ValueError) as error:
         fail(folder, f"no readable run ({error})", "a folder RUN/METHOD of run_cropi.sh", "run it first")
     if not phases:
-        fail(folder, "no finished phase", "phase-0/policy/metrics.jsonl",
-             "run run_cropi.sh to the end of a phase")
+        fail(folder, "no selection", "phase-0/selected.npy", "run run_cropi.sh until it has selected")
     return {"method": method, "phases": phases, "collection": sum(collected[stage] for stage in needed),
             "tokens": tokens, "rewards": rollouts["rewards"].numpy(), "families": rollouts["families"]}
 
@@ -85,7 +89,7 @@ def curve(run):
                 x.append((row["step"], spent + row["seconds"], tokens))
                 for test, result in row["eval"].items():
                     tests.setdefault(test, []).append((result["mean"], result["greedy"]))
-        spent += phase["rows"][-1]["seconds"]
+        spent += phase["training"]
     return np.array(x).T, {test: np.array(values).T for test, values in tests.items()}
 
 
@@ -108,12 +112,18 @@ def crossing(x, y, level):
     return float(x[0] if i == 0 else x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
 
 
+def evaluated(runs):
+    """The test sets of the first run that has evaluations."""
+    return next((tests for run in runs if (tests := list(curve(run)[1]))), [])
+
+
 def plot_accuracy(runs, path):
     """One row per test set, columns for steps, seconds and sampled tokens, one line per method."""
+    tests = evaluated(runs)
     methods = {}
     for run in runs:
-        methods.setdefault(run["method"], []).append(curve(run))
-    tests = list(next(iter(methods.values()))[0][1])
+        if evaluated([run]):
+            methods.setdefault(run["method"], []).append(curve(run))
     if not tests:
         return None
     figure, axes = plt.subplots(len(tests), 3, figsize=(14, 3.4 * len(tests)), sharey="row", squeeze=False)
@@ -137,11 +147,14 @@ def plot_accuracy(runs, path):
 
 def plot_training(runs, path):
     """Entropy and mean response length by step, one line per method: the mean over its runs."""
+    labels = {"entropy": "entropy per token (nats)", "response_length": "tokens per response"}
     methods = {}
     for run in runs:
         rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
-        methods.setdefault(run["method"], []).append(rows)
-    labels = {"entropy": "entropy per token (nats)", "response_length": "tokens per response"}
+        if rows and all(name in row for row in rows for name in labels):
+            methods.setdefault(run["method"], []).append(rows)
+    if not methods:
+        return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.4))
     for axis, (name, label) in zip(axes, labels.items()):
         for method, seeds in methods.items():
@@ -202,25 +215,33 @@ def plot_selected(runs, path):
 
 
 def print_table(runs):
-    tests = list(curve(runs[0])[1])
+    tests = evaluated(runs)
     print(f"\n{'method':<13}{'phase':>5}{'selected':>10}{'selection s':>13}{'training s':>12}"
           + "".join(f"{test:>14}" for test in tests))
     for run in runs:
-        start = run["phases"][0]["rows"][0].get("eval", {})
-        accuracy = "".join(f"{start[test]['mean']:>14.3f}" for test in tests if start)
-        print(f"{run['method']:<13}{'base':>5}{'':>35}{accuracy}")
-        for m, phase in enumerate(run["phases"]):
-            end = phase["rows"][-1]
-            accuracy = "".join(f"{end['eval'][test]['mean']:>14.3f}" for test in tests)
-            print(f"{run['method']:<13}{m:>5}{len(phase['selected']):>10}{phase['selection']:>13.1f}"
-                  f"{end['seconds']:>12.1f}{accuracy}")
-        print(f"{run['method']:<13}collection {run['collection']:.1f} s")
+        method, phases = run["method"], run["phases"]
+        if evaluated([run]):
+            start = phases[0]["rows"][0] if phases[0]["rows"] else {}
+            print(f"{method:<13}{'base':>5}{'':>35}{accuracies(start, tests)}")
+        for m, phase in enumerate(phases):
+            end = phase["rows"][-1] if phase["rows"] else {}
+            print(f"{method:<13}{m:>5}{len(phase['selected']):>10}{phase['selection']:>13.1f}"
+                  f"{phase['training']:>12.1f}{accuracies(end, tests)}".rstrip())
+        print(f"{method:<13}collection {run['collection']:.1f} s")
+        if not evaluated([run]):
+            print(f"{method:<13}no accuracies: its phases have no metrics.jsonl with evaluations")
+
+
+def accuracies(row, tests):
+    """The accuracy on each test set in a row of metrics.jsonl that has an evaluation, as text."""
+    found = row.get("eval", {})
+    return "".join(f"{found[test]['mean']:>14.3f}" for test in tests if test in found)
 
 
 def print_headline(runs):
     """Steps and seconds to the smoothed final accuracy of full data, on the first test set."""
-    curves = {run["method"]: curve(run) for run in runs}
-    if "full" not in curves or not curves["full"][1]:
+    curves = {run["method"]: curve(run) for run in runs if evaluated([run])}
+    if "full" not in curves:
         return
     test = next(iter(curves["full"][1]))
     level = smoothed(curves["full"][1][test][0])[-1]

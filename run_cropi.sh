@@ -3,6 +3,7 @@
 #
 #   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 7 to 14 minutes
 #   METHOD=learnability bash run_cropi.sh       another selection method in the same loop
+#   STEPS=0 bash run_cropi.sh                   selects prompts once and trains nothing
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh
 #                                               your own model and data (README.md)
 #   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh
@@ -44,7 +45,7 @@ TRAIN_TEMPERATURE=${TRAIN_TEMPERATURE:-$TEMPERATURE}     # sampling temperature 
 EVAL_TEMPERATURE=${EVAL_TEMPERATURE:-$TRAIN_TEMPERATURE} # in evaluations; 0: greedy decoding only
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-2048}                # length limit of a response
 PHASES=${PHASES:-4}                   # number of phases, the paper's M
-STEPS=${STEPS:-50}                    # GRPO steps per phase
+STEPS=${STEPS:-50}                    # GRPO steps per phase; 0: only METHOD's first selection, no training
 ALPHA=${ALPHA:-0.1}                   # fraction of the train prompts selected
 RESPONSES=${RESPONSES:-}              # responses per train prompt to sketch, drawn in each phase; empty: K
 CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts with a gradient to sketch: those with the
@@ -53,7 +54,8 @@ MOMENTUM=${MOMENTUM:-0}               # weight of the phases before in the avera
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
 RHO_MAX=${RHO_MAX:-inf}               # cap on the ratio rho as a token's weight; inf: none, as in the paper
-SKETCH=${SKETCH:-}                    # script in place of sketch.py, to compare estimators of the gradient
+SKETCH=${SKETCH:-}                    # script or command in place of sketch.py: another estimator
+TRAINER=${TRAINER:-}                  # script or command in place of train_grpo.py (docs/integrations.md)
 RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
 BATCH=${BATCH:-128}                   # prompts per GRPO step
 GROUP=${GROUP:-8}                     # responses per prompt in a GRPO step
@@ -82,6 +84,7 @@ ROLLOUTS=$RUN/rollouts
 check_knobs
 choose_engine                         # sets ENGINE
 choose_launcher                       # sets launch, which starts a command on NPROC ranks
+choose_programs                       # sets sketch and train, the commands of stages 2 and 4
 read_methods                          # sets methods
 read_data_sets                        # sets val_names, val_sources, val_rollouts, test_sources, test_rollouts
 print_plan
@@ -124,8 +127,8 @@ run_method() { # METHOD
     local m phase name val_sketches
     lock_folder "$folder" refuse
     record_settings "$folder" $rollout_knobs PHASES STEPS ALPHA RESPONSES CANDIDATES MOMENTUM KEEP \
-        DIM RHO_MAX SKETCH RRF_C BATCH GROUP DYNAMIC TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF \
-        EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+        DIM RHO_MAX SKETCH RRF_C TRAINER BATCH GROUP DYNAMIC TRAIN_TEMPERATURE LR KL_COEF \
+        ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
     if [ "$method" = dapo ]; then
         objective=(--dynamic-sampling --token-mean)
     elif [ -n "$DYNAMIC" ]; then
@@ -143,7 +146,7 @@ run_method() { # METHOD
             for name in "${val_names[@]}"; do
                 val_sketches+=("$phase/$name.npy")
             done
-            run_stage "$folder" "phase-$m-sketch" "${launch[@]}" "${SKETCH:-$ROOT/sketch.py}" \
+            run_stage "$folder" "phase-$m-sketch" "${sketch[@]}" \
                 --model "$policy" --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
                 --out "$phase/train.npy" "${val_sketches[@]}" --keep "$KEEP" --dim "$DIM" \
                 ${RESPONSES:+--responses "$RESPONSES"} --candidates "$CANDIDATES" \
@@ -160,7 +163,8 @@ run_method() { # METHOD
                 --seed "$((SEED * 1000 + m))"
         fi
 
-        run_stage "$folder" "phase-$m-train" "${launch[@]}" "$ROOT/train_grpo.py" \
+        [ "$STEPS" -gt 0 ] || break # a selection only
+        run_stage "$folder" "phase-$m-train" "${train[@]}" \
             --model "$policy" --ref "$MODEL" --rollouts "$ROLLOUTS/train.pt" \
             --select "$phase/selected.npy" --out "$phase/policy" --steps "$STEPS" \
             --batch-size "$BATCH" --group "$GROUP" --lr "$LR" --kl-coef "$KL_COEF" \
@@ -183,3 +187,4 @@ for method in "${methods[@]}"; do
     folders+=("$RUN/$method")
 done
 run_every_time "$PYTHON" "$ROOT/plot.py" "${folders[@]}" --out "$RUN"
+[ "$STEPS" -gt 0 ] || print_selection

@@ -26,12 +26,11 @@ check_knobs() {
     local whole='(0|[1-9][0-9]*)'
     local number='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
     local share="$number|$whole/$whole"
-    [ -z "$SKETCH" ] || [ -f "$SKETCH" ] || die "SKETCH $SKETCH: no such file; set SKETCH to an existing one"
-    check_each "a whole number above 0" "$whole" "x > 0" K K_VAL VAL_LIMIT MAX_NEW_TOKENS PHASES STEPS DIM \
+    check_each "a whole number above 0" "$whole" "x > 0" K K_VAL VAL_LIMIT MAX_NEW_TOKENS PHASES DIM \
         BATCH EVAL_EVERY EVAL_SAMPLES SAVE_EVERY NPROC ${KV_TOKENS:+KV_TOKENS} ${BATCH_TOKENS:+BATCH_TOKENS}
     check_each "a whole number above 1" "$whole" "x > 1" GROUP ${RESPONSES:+RESPONSES}
     check_each "1, or nothing" 1 "x == 1" ${DYNAMIC:+DYNAMIC}
-    check_each "a whole number" "$whole" "x >= 0" SEED
+    check_each "a whole number" "$whole" "x >= 0" SEED STEPS
     check_each "a number above 0" "$number" "x > 0" TEMPERATURE TRAIN_TEMPERATURE
     check_each "a number, 0 or more" "$number" "x >= 0" EVAL_TEMPERATURE RRF_C LR KL_COEF ENTROPY_COEF
     [ "$RHO_MAX" = inf ] || check_each "a number above 0, or inf" "$number" "x > 0" RHO_MAX
@@ -59,6 +58,7 @@ check_each() {
 read_methods() { # makes the array methods: BASELINE's and METHOD's, each once
     local method
     methods=()
+    [ "$STEPS" -gt 0 ] || BASELINE= # a selection only
     for method in $BASELINE $METHOD; do
         case $method in
         full | dapo | random | passrate | learnability | influence | cropi) ;;
@@ -124,8 +124,37 @@ choose_launcher() {
     fi
 }
 
+# Makes the arrays sketch and train, the commands of stages 2 and 4: the project's scripts, SKETCH or TRAINER.
+choose_programs() {
+    choose_program SKETCH "$ROOT/sketch.py"
+    sketch=("${program[@]}")
+    choose_program TRAINER "$ROOT/train_grpo.py"
+    train=("${program[@]}")
+}
+
+# choose_program KNOB DEFAULT: makes the array program. A script runs like a stage, with PYTHON on NPROC ranks.
+# Otherwise the knob is a command, such as 'torchrun --nproc_per_node 8 my.py', and starts its ranks itself.
+choose_program() {
+    local value=${!1}
+    local words=($value)
+    if [ -z "$value" ]; then
+        program=("${launch[@]}" "$2")
+    elif [ -f "$value" ]; then
+        program=("${launch[@]}" "$value")
+    elif [ ${#words[@]} -gt 1 ] && command -v "${words[0]}" >/dev/null; then
+        program=("${words[@]}")
+    else
+        die "$1 $value: found no such file or command; expected a Python script or a command of several" \
+            "words; set $1 to one"
+    fi
+}
+
 print_plan() { # what the run does, and what it writes
     [ -z "$DRY_RUN" ] || return 0
+    if [ "$STEPS" -eq 0 ]; then
+        echo "$MODEL: $METHOD selects once; nothing is trained; files: $RUN; commands: $RUN/commands.txt"
+        return 0
+    fi
     echo "$MODEL: ${BASELINE:+$BASELINE and }$METHOD, $PHASES phases of $STEPS GRPO steps"
     echo "  once: collect $K responses per train prompt and $K_VAL per validation prompt"
     echo "  in each phase: select (influence, cropi: sketch, score; ALPHA = $ALPHA), train"
@@ -235,16 +264,38 @@ run_stage() {
     attempts=$folder/$name.seconds
     trap 'replace_file "$attempts" "$(stage_seconds)" || true' EXIT
     "$@"
+    [ -z "$SKETCH$TRAINER" ] || check_output "$@"
     rows=$(cat "$folder/seconds.tsv" 2>/dev/null || true; printf '%s\t%s' "$name" "$(stage_seconds)")
     replace_file "$folder/seconds.tsv" "$rows" || die_unwritten "$folder/seconds.tsv"
     trap - EXIT
     rm -f "$attempts"
 }
 
+check_output() { # COMMAND...: a user's program that ends well must have written what its --out names first
+    local command=$*
+    while [ $# -gt 0 ] && [ "$1" != --out ]; do
+        shift
+    done
+    if [ $# -gt 0 ] && [ ! -f "$2" ] && [ ! -f "$2/config.json" ]; then
+        die "$2: found no file and no checkpoint; expected what --out names; correct SKETCH or TRAINER:" \
+            "${command:0:60}..."
+    fi
+}
+
 stage_seconds() { # wall-clock seconds of the current stage, with those of its earlier attempts
     local earlier
     earlier=$(cat "$attempts" 2>/dev/null || echo 0)
     "$PYTHON" -c "import time; print(round(time.time() - $began + $earlier, 2))"
+}
+
+print_selection() { # the last lines of a run with STEPS=0
+    local method
+    for method in "${methods[@]}"; do
+        echo "$RUN/$method/phase-0/selected.npy has the selected prompts, best first:"
+        echo "  numpy.load(FILE) gives their places in TRAIN, counted from 0; their tokens and rewards are in" \
+            "$ROLLOUTS/train.pt"
+    done
+    echo "  docs/integrations.md, \"The selection as a data set\": text, answer, pass rate and influence of each"
 }
 
 run_every_time() { # COMMAND...: runs a command also if an earlier run has done so
