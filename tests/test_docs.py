@@ -5,7 +5,9 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT
@@ -93,7 +95,7 @@ def test_integrations(toy, world, micro_run, call):
             row = {"prompt": tokenizer.decode(rollouts["prompts"][j // k]), "response": texts[j],
                    "answer": rollouts["answers"][j // k], "reward": rollouts["rewards"].flatten()[j].item()}
             print(json.dumps(row), file=file)
-    *code, tensorboard, trl = blocks("docs/integrations.md")
+    *code, tensorboard = blocks("docs/integrations.md")
     names = run_blocks("docs/integrations.md", code)
 
     logged = sketch.load_rollouts("logged.pt")
@@ -110,17 +112,38 @@ def test_integrations(toy, world, micro_run, call):
 
     lines = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     selected = np.load(micro_run[0] / "cropi/phase-0/selected.npy")
-    chosen = [json.loads(line) for line in open("chosen.jsonl")]
-    assert chosen == [lines[i] for i in selected]
+    chosen = datasets.Dataset.from_parquet("chosen.parquet").to_list()
+    scores = np.load(micro_run[0] / "cropi/phase-0/scores.npy")
+    assert len(chosen) == len(selected) == 24
+    for row, i in zip(chosen, selected):
+        assert row["index"] == i and row["pass_rate"] == pytest.approx(float(rollouts["rewards"][i].mean()))
+        assert [row["influence_val_sort"], row["influence_val_dbl"]] == pytest.approx(scores[i].tolist())
+        assert {name: row[name] for name in lines[i]} == lines[i]
     examples = collect.load_examples("chosen.parquet", ["prompt"], ["answer"], "family", None)
     assert [prompt for prompt, _, _ in examples] == [row["prompt"] for row in chosen]
+
+    verl = pyarrow.parquet.read_table("verl.parquet").to_pylist()
+    openrlhf = [json.loads(line) for line in open("openrlhf.jsonl")]
+    assert len(verl) == len(openrlhf) == 24
+    for ours, theirs, i in zip(verl, openrlhf, selected):
+        messages = [{"role": "user", "content": lines[i]["prompt"]}]
+        assert ours["prompt"] == theirs["prompt"] == messages and theirs["label"] == lines[i]["answer"]
+        assert ours["reward_model"] == {"style": "rule", "ground_truth": lines[i]["answer"]}
+        assert ours["extra_info"] == {"split": "train", "index": i} and set(ours) == {
+            "data_source", "prompt", "ability", "reward_model", "extra_info"}
+    assert names["messages"](messages) == messages
+    assert names["compute_score"]("cropi", r"\boxed{1/2}", "0.5") == 1.0
+    found = names["reward_func"](["1+1=2", "1+1=3"], ["1+1=", "1+1="], ["2", "2"])
+    assert found["rewards"].tolist() == [1.0, 0.0]
+
+    test = micro_run[0] / "rollouts/targeted.pt"
+    greedy = names["accuracy"](world / "base", test, 0.0, 1)
+    rows = (micro_run[0] / "cropi/phase-0/policy/metrics.jsonl").read_text().splitlines()
+    assert greedy == pytest.approx(json.loads(rows[0])["eval"]["targeted"]["greedy"])
 
     if importlib.util.find_spec("tensorboard"):
         exec(compile(tensorboard, "docs/integrations.md", "exec"), names)
         assert list(Path("tensorboard/cropi").iterdir())
-    if importlib.util.find_spec("trl"):
-        exec(compile(trl, "docs/integrations.md", "exec"), names)
-        assert collect.load_policy("trl-policy", "cpu", "float32")
 
 
 def test_walkthrough(toy, capsys):

@@ -189,6 +189,22 @@ def test_dynamic_sampling_with_any_method(quick):
     assert refused(quick()[0], "run/cropi/settings.txt", "< DYNAMIC=1", "> DYNAMIC=")
 
 
+def test_programs_are_scripts_or_commands(quick):
+    """A script starts like a stage, on NPROC ranks; a command of several words starts as it is."""
+    ranks = "-m torch.distributed.run --standalone --nproc_per_node 2 --shutdown_timeout 1800"
+    for knob, option in (("TRAINER", " --select "), ("SKETCH", " --keep ")):
+        for value, start in (("check.py", f"{quick.folder.parent}/python {ranks} check.py"),
+                             ("env A=1 check.py", "env A=1 check.py")):
+            done, _ = quick(DRY_RUN="1", NPROC="2", **{knob: value})
+            lines = [line for line in done.stdout.splitlines() if option in line]
+            assert len(lines) == 2 and lines[0].startswith(f"+ {start} --model ckpt "), (start, lines)
+        for value in ("none.py", "no-such-command --fast", "ls"):
+            done, _ = quick(DRY_RUN="1", **{knob: value})
+            assert refused(done, f"{knob} {value}: found no such file or command")
+    assert quick()[0].returncode == 0
+    assert refused(quick(TRAINER="env check.py")[0], "< TRAINER= > TRAINER=env check.py")
+
+
 def test_dynamic_sampling_in_the_loop(micro_run, world, tmp_path):
     """CROPI with DYNAMIC=1 on the same rollouts: steps of several rounds, and no group of equal rewards."""
     shutil.copytree(micro_run[0] / "rollouts", tmp_path / "rollouts")

@@ -1,0 +1,145 @@
+"""Other trainers in the loop (TRAINER, examples/train_trl.py), and a selection without training."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import MICRO, ROOT, run_loop, run_script
+
+from train_grpo import load_policy
+
+needs_trl = pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="TRL is not installed")
+
+# A trainer that scales the weights and leaves only a checkpoint: no metrics.jsonl, no optimizer.pt. Its first
+# run leaves nothing, and its second one fails.
+TRAINER = """
+import argparse, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+parser = argparse.ArgumentParser()
+for name in ("model", "rollouts", "select", "out"):
+    parser.add_argument(f"--{name}", required=True)
+args, _ = parser.parse_known_args()
+runs = Path(__file__).with_name("runs")
+runs.touch()
+runs.write_text(runs.read_text() + " ".join(sys.argv[1:]) + "\\n")
+attempt = len(runs.read_text().splitlines())
+if attempt <= 2:
+    sys.exit(3 * (attempt == 2))
+policy = AutoModelForCausalLM.from_pretrained(args.model)
+for weight in policy.parameters():
+    weight.data *= 1.01
+policy.save_pretrained(args.out)
+AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out)
+"""
+
+
+def all_weights(folder):
+    policy = load_policy(folder, "cpu", "float32")
+    return torch.cat([weight.detach().flatten() for weight in policy.parameters()])
+
+
+def test_trainer_that_only_leaves_a_checkpoint(micro_run, world, tmp_path):
+    """It is started again until it has left one; phase 1 sketches its policy; no accuracies are shown."""
+    script = tmp_path / "my trainer.py"
+    script.write_text(TRAINER)
+    run = tmp_path / "run"
+    run.mkdir()
+    os.symlink(micro_run[0] / "rollouts", run / "rollouts")
+    settings = {**os.environ, **MICRO, "TOY": str(world), "RUN": str(run), "TRAINER": str(script),
+                "BASELINE": ""}
+
+    def loop():
+        return subprocess.run(["bash", ROOT / "run_cropi.sh"], capture_output=True, text=True, env=settings)
+
+    done = loop()
+    message = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and message.startswith(f"run_cropi.sh: error: {run}/cropi/phase-0/policy: ")
+    assert "found no file and no checkpoint" in message
+    assert loop().returncode == 3
+    done = loop()
+    assert done.returncode == 0, done.stderr
+    assert "no accuracies: its phases have no metrics.jsonl with evaluations" in done.stdout
+    assert "To reach it" not in done.stdout and "accuracy.png" not in done.stdout
+    assert (run / "selected.png").exists()
+
+    calls = [line.split(" --") for line in (tmp_path / "runs").read_text().splitlines()]
+    phases = run / "cropi"
+    assert len(calls) == 4 and calls[0] == calls[1] == calls[2]
+    assert calls[3][0] == f"--model {phases}/phase-0/policy" and f"ref {world}/base" in calls[3]
+    assert f"optimizer {phases}/phase-0/policy/optimizer.pt" in calls[3]
+    policies = [json.loads((phases / f"phase-{m}/train.json").read_text())["policy"] for m in (0, 1)]
+    assert policies[0] != policies[1]
+    torch.testing.assert_close(all_weights(phases / "phase-1/policy"), 1.01**2 * all_weights(world / "base"))
+
+
+def test_selection_without_training(micro_run, world, tmp_path):
+    """STEPS=0: METHOD's first selection, the same as with training, without baselines; how to load it."""
+    os.symlink(micro_run[0] / "rollouts", tmp_path / "rollouts")
+    out = run_loop(tmp_path, world, STEPS="0")  # BASELINE=influence
+    assert not (tmp_path / "influence").exists() and not (tmp_path / "cropi/phase-0/policy").exists()
+    assert not (tmp_path / "cropi/phase-1").exists()
+    file = tmp_path / "cropi/phase-0/selected.npy"
+    assert file.read_bytes() == (micro_run[0] / "cropi/phase-0/selected.npy").read_bytes()
+    assert f"{file} has the selected prompts, best first" in out and "docs/integrations.md" in out
+    assert "cropi            0        24" in out and (tmp_path / "selected.png").exists()
+
+
+@needs_trl
+def test_trl_trains_two_phases(micro_run, world, tmp_path):
+    """The first selection is that of train_grpo.py's run; each phase changes the policy of the one before."""
+    os.symlink(micro_run[0] / "rollouts", tmp_path / "rollouts")
+    out = run_loop(tmp_path, world, BASELINE="", TRAINER=str(ROOT / "examples/train_trl.py"))
+    assert "no accuracies" in out
+    phases = [tmp_path / f"cropi/phase-{m}" for m in (0, 1)]
+    first = np.load(phases[0] / "selected.npy")
+    assert np.array_equal(first, np.load(micro_run[0] / "cropi/phase-0/selected.npy"))
+    policies = [json.loads((phase / "train.json").read_text())["policy"] for phase in phases]
+    assert policies[0] != policies[1]
+    weights = [all_weights(f) for f in (world / "base", phases[0] / "policy", phases[1] / "policy")]
+    for before, after in zip(weights, weights[1:]):  # 3 AdamW steps of about 1e-3
+        assert 1e-3 < (after - before).abs().max() < 1e-2
+    assert not list(phases[1].glob("policy/checkpoint-*")) and not (phases[1] / "policy.part").exists()
+
+
+@needs_trl
+def test_trl_learns_and_resumes(micro_run, world, tmp_path):
+    """The reward of two prompts rises (to 0.78 with seeds 1 to 3); a killed run goes on from a checkpoint."""
+    rollouts = micro_run[0] / "rollouts/train.pt"
+    rewards = torch.load(rollouts, weights_only=True)["rewards"]
+    half = (rewards.mean(1) - 0.5).abs().argsort()[:2]
+    np.save(tmp_path / "two.npy", half.numpy())
+    command = [sys.executable, ROOT / "examples/train_trl.py", "--model", world / "base",
+               "--rollouts", rollouts, "--select", tmp_path / "two.npy", "--out", tmp_path / "policy",
+               "--steps", "20", "--batch-size", "4", "--group", "16", "--lr", "1e-4",
+               "--train-temperature", "1", "--save-every", "5", "--seed", "1"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "policy.part/checkpoint-10/trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = [float(reward) for reward in re.findall("'reward': '([^']*)'", done.stdout)]
+    assert 5 <= len(seen) <= 10  # steps 11 to 20, or 16 to 20
+    assert np.mean(seen[-5:]) > float(rewards[half].mean()) + 0.15
+    again = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert again.returncode == 0 and "reward" not in again.stdout  # the phase is done
+
+
+@needs_trl
+def test_trl_refuses_dynamic_sampling(micro_run, world, tmp_path):
+    rollouts, selected = micro_run[0] / "rollouts/train.pt", micro_run[0] / "cropi/phase-0/selected.npy"
+    done = run_script("examples/train_trl.py", "--model", world / "base", "--rollouts", rollouts,
+                      "--select", selected, "--out", tmp_path / "policy", "--steps", 1, "--dynamic-sampling")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("train_trl.py: error: --dynamic-sampling: found set;")
