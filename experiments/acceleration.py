@@ -82,7 +82,8 @@ def store(folder, path):
               "pool": properties(rollouts, np.arange(len(targeted)), names),
               "selected": selected_properties(rollouts, [p["selected"] for p in run["phases"]], names),
               "trust": trusts, "cosines": cosines,
-              "accuracy": {test: values[0].round(5).tolist() for test, values in tests.items()}}
+              "accuracy": {test: values[0].round(5).tolist() for test, values in tests.items()},
+              "greedy": {test: values[1].round(5).tolist() for test, values in tests.items()}}
     path.write_text(json.dumps(rounded(result)) + "\n")
 
 
