@@ -122,7 +122,7 @@ def plot_accuracy(runs, path):
     tests = evaluated(runs)
     methods = {}
     for run in runs:
-        if evaluated([run]):
+        if set(tests) <= set(evaluated([run])):
             methods.setdefault(run["method"], []).append(curve(run))
     if not tests:
         return None
@@ -233,9 +233,9 @@ def print_table(runs):
 
 
 def accuracies(row, tests):
-    """The accuracy on each test set in a row of metrics.jsonl that has an evaluation, as text."""
+    """The accuracy on each test set in a row of metrics.jsonl, as text; blank where it was not evaluated."""
     found = row.get("eval", {})
-    return "".join(f"{found[test]['mean']:>14.3f}" for test in tests if test in found)
+    return "".join(f"{found[test]['mean']:>14.3f}" if test in found else " " * 14 for test in tests)
 
 
 def print_headline(runs):
@@ -244,6 +244,7 @@ def print_headline(runs):
     if "full" not in curves:
         return
     test = next(iter(curves["full"][1]))
+    curves = {method: (x, tests) for method, (x, tests) in curves.items() if test in tests}
     level = smoothed(curves["full"][1][test][0])[-1]
     print(f"\nFull data ends at {level:.3f} on {test} (smoothed). To reach it:")
     for method, (x, tests) in curves.items():

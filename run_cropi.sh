@@ -54,8 +54,8 @@ MOMENTUM=${MOMENTUM:-0}               # weight of the phases before in the avera
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
 RHO_MAX=${RHO_MAX:-inf}               # cap on the ratio rho as a token's weight; inf: none, as in the paper
-SKETCH=${SKETCH:-}                    # script or command in place of sketch.py: another estimator
-TRAINER=${TRAINER:-}                  # script or command in place of train_grpo.py (docs/integrations.md)
+SKETCH=${SKETCH:-}                    # script or command in place of sketch.py (docs/integrations.md)
+TRAINER=${TRAINER:-}                  # script or command in place of train_grpo.py (the same page)
 RRF_C=${RRF_C:-0}                     # constant c of reciprocal rank fusion
 BATCH=${BATCH:-128}                   # prompts per GRPO step
 GROUP=${GROUP:-8}                     # responses per prompt in a GRPO step
@@ -97,6 +97,9 @@ list_files                            # sets files: the size and time of every l
 # ---- stage 1, once: rollouts of the base policy --------------------------------------------------------
 rollout_knobs="MODEL TRAIN VAL TEST PROMPT_KEY ANSWER_KEY INSTRUCTION VERIFIER VAL_LIMIT K K_VAL TEMPERATURE
     MAX_NEW_TOKENS ENGINE DTYPE SEED"
+training_knobs="PHASES STEPS TRAINER BATCH GROUP DYNAMIC TRAIN_TEMPERATURE LR KL_COEF ENTROPY_COEF EVAL_EVERY
+    EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY"
+[ "$STEPS" -gt 0 ] || training_knobs= # a selection only
 record_settings "$ROLLOUTS" $rollout_knobs
 
 collect() { # NAME K ARGUMENT...
@@ -126,9 +129,8 @@ run_method() { # METHOD
     local before=() average=() # scores of the phase before, for sketch.py and score.py
     local m phase name val_sketches
     lock_folder "$folder" refuse
-    record_settings "$folder" $rollout_knobs PHASES STEPS ALPHA RESPONSES CANDIDATES MOMENTUM KEEP \
-        DIM RHO_MAX SKETCH RRF_C TRAINER BATCH GROUP DYNAMIC TRAIN_TEMPERATURE LR KL_COEF \
-        ENTROPY_COEF EVAL_EVERY EVAL_SAMPLES EVAL_TEMPERATURE SAVE_EVERY
+    record_settings "$folder" $rollout_knobs ALPHA RESPONSES CANDIDATES MOMENTUM KEEP DIM RHO_MAX SKETCH \
+        RRF_C $training_knobs
     if [ "$method" = dapo ]; then
         objective=(--dynamic-sampling --token-mean)
     elif [ -n "$DYNAMIC" ]; then
@@ -163,7 +165,7 @@ run_method() { # METHOD
                 --seed "$((SEED * 1000 + m))"
         fi
 
-        [ "$STEPS" -gt 0 ] || break # a selection only
+        [ "$STEPS" -gt 0 ] || break
         run_stage "$folder" "phase-$m-train" "${train[@]}" \
             --model "$policy" --ref "$MODEL" --rollouts "$ROLLOUTS/train.pt" \
             --select "$phase/selected.npy" --out "$phase/policy" --steps "$STEPS" \

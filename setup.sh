@@ -125,7 +125,11 @@ choose_launcher() {
 }
 
 # Makes the arrays sketch and train, the commands of stages 2 and 4: the project's scripts, SKETCH or TRAINER.
+# The folder of PYTHON comes first in PATH, so that a command such as torchrun is that of PYTHON.
 choose_programs() {
+    if [[ $PYTHON = */* ]] && [ -d "${PYTHON%/*}" ]; then
+        PATH=$(cd "${PYTHON%/*}" && pwd):$PATH
+    fi
     choose_program SKETCH "$ROOT/sketch.py"
     sketch=("${program[@]}")
     choose_program TRAINER "$ROOT/train_grpo.py"
@@ -215,18 +219,27 @@ for name in sys.argv[1:]:
 }
 
 # record_settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt and files to FOLDER/files.txt.
-# If these exist with other contents, stops with an error. All of RUN depends on the rollouts, so the hint for
+# If these exist with other contents, stops with an error; only the knobs of training, which STEPS=0 leaves out,
+# may be added later. All of RUN depends on the rollouts, so the hint for
 # these is to remove RUN.
 record_settings() {
     local folder=$1
+    local file=$1/settings.txt
     local text=
-    local name
+    local name stored
     [ -z "$DRY_RUN" ] || return 0
     shift
     for name in "$@"; do
         text="$text$name=${!name}"$'\n'
     done
-    record "$folder/settings.txt" "${text%$'\n'}" "use the stored settings, remove ${folder%/rollouts}"
+    text=${text%$'\n'}
+    stored=$(cat "$file" 2>/dev/null || true)
+    if [ -n "$stored" ] && [ "$STEPS" -eq 0 ] && [[ $stored = "$text"$'\n'* ]]; then
+        text=$stored # this selection has been trained on
+    elif [ -n "$stored" ] && [[ $text = "$stored"$'\n'PHASES=* ]]; then
+        replace_file "$file" "$text" || die_unwritten "$file" # it was made with STEPS=0; now it is trained on
+    fi
+    record "$file" "$text" "use the stored settings, remove ${folder%/rollouts}"
     record "$folder/files.txt" "$files" \
         "if the contents are the same, remove only $folder/files.txt; else remove ${folder%/rollouts}"
 }
@@ -264,22 +277,39 @@ run_stage() {
     attempts=$folder/$name.seconds
     trap 'replace_file "$attempts" "$(stage_seconds)" || true' EXIT
     "$@"
-    [ -z "$SKETCH$TRAINER" ] || check_output "$@"
+    case $name in
+    phase-*-sketch) [ -z "$SKETCH" ] || check_output SKETCH "$@" ;;
+    phase-*-train) [ -z "$TRAINER" ] || check_output TRAINER "$@" ;;
+    esac
     rows=$(cat "$folder/seconds.tsv" 2>/dev/null || true; printf '%s\t%s' "$name" "$(stage_seconds)")
     replace_file "$folder/seconds.tsv" "$rows" || die_unwritten "$folder/seconds.tsv"
     trap - EXIT
     rm -f "$attempts"
 }
 
-check_output() { # COMMAND...: a user's program that ends well must have written what its --out names first
-    local command=$*
-    while [ $# -gt 0 ] && [ "$1" != --out ]; do
+# check_output KNOB COMMAND...: a user's program that ends well must have written what follows its --out,
+# sketches or a checkpoint. If it has not, the stage is not done, and the same command starts it again.
+check_output() {
+    local knob=$1
+    while [ "$1" != --out ]; do
         shift
     done
-    if [ $# -gt 0 ] && [ ! -f "$2" ] && [ ! -f "$2/config.json" ]; then
-        die "$2: found no file and no checkpoint; expected what --out names; correct SKETCH or TRAINER:" \
-            "${command:0:60}..."
-    fi
+    shift
+    while [ $# -gt 0 ] && [[ $1 != --* ]]; do
+        if [ "$knob" = SKETCH ] && [ ! -f "$1" ]; then
+            die "SKETCH $SKETCH: found no $1; expected a sketch with its .json; correct the program"
+        fi
+        if [ "$knob" = TRAINER ] && ! is_checkpoint "$1"; then
+            die "TRAINER $TRAINER: found no checkpoint in $1; expected config.json, *.safetensors of a whole" \
+                "model and tokenizer_config.json; correct the program"
+        fi
+        shift
+    done
+}
+
+is_checkpoint() { # FOLDER
+    [ -f "$1/config.json" ] && [ -f "$1/tokenizer_config.json" ] &&
+        find "$1" -maxdepth 1 -name 'model*.safetensors' | grep -q .
 }
 
 stage_seconds() { # wall-clock seconds of the current stage, with those of its earlier attempts
@@ -289,13 +319,15 @@ stage_seconds() { # wall-clock seconds of the current stage, with those of its e
 }
 
 print_selection() { # the last lines of a run with STEPS=0
-    local method
-    for method in "${methods[@]}"; do
-        echo "$RUN/$method/phase-0/selected.npy has the selected prompts, best first:"
-        echo "  numpy.load(FILE) gives their places in TRAIN, counted from 0; their tokens and rewards are in" \
-            "$ROLLOUTS/train.pt"
-    done
-    echo "  docs/integrations.md, \"The selection as a data set\": text, answer, pass rate and influence of each"
+    local phase=$RUN/$METHOD/phase-0
+    [ -z "$DRY_RUN" ] || return 0
+    echo "$phase/selected.npy: the selected prompts; numpy.load gives their places in TRAIN, counted from 0"
+    echo "$ROLLOUTS/train.pt: tokens, answers and rewards of all prompts"
+    if [ -f "$phase/scores.npy" ]; then
+        echo "$phase/scores.npy: the influence of all prompts on each validation set; the selection is best first"
+    fi
+    echo "docs/integrations.md makes a data set of them (\"The selection as a data set\"); to train on this" \
+        "selection, run the same command with STEPS above 0"
 }
 
 run_every_time() { # COMMAND...: runs a command also if an earlier run has done so

@@ -1,11 +1,9 @@
 """Stage 4 of CROPI by TRL's GRPOTrainer: takes train_grpo.py's command line, leaves a checkpoint in --out.
 
-    pip install trl==1.16.0
-    TRAINER=examples/train_trl.py bash run_cropi.sh
-    TRAINER='accelerate launch examples/train_trl.py' MODEL=... bash run_cropi.sh      (never run)
+    TRAINER=examples/train_trl.py bash run_cropi.sh                  after .venv/bin/pip install trl==1.16.0
+    TRAINER='accelerate launch examples/train_trl.py' MODEL=... bash run_cropi.sh               (never run)
 
-docs/integrations.md says what a trainer must do. Copy this file and change the configuration. Unlike
-train_grpo.py, AdamW starts anew in each phase, there is no --dynamic-sampling, and no test is evaluated.
+docs/integrations.md says what a trainer must do, and in what this one differs from train_grpo.py.
 """
 
 import os
@@ -14,7 +12,6 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,40 +35,46 @@ if args.dynamic_sampling:
 part = Path(f"{args.out}.part")  # renamed to --out when it is complete
 rollouts = train_grpo.load_rollouts(args.rollouts)
 meta = rollouts["meta"]
+train_grpo.check_inputs([rollouts], args)  # a verifier of the user's must be named by --verifier
 tokenizer = train_grpo.load_tokenizer(args.model)
 policy = train_grpo.load_policy(args.model, "cpu", "float32")
 policy.generation_config = train_grpo.token_ids(policy.generation_config)  # no sampling settings
 policy.config._name_or_path = args.ref or args.model  # from where TRL loads the reference of the KL term
 
-# the selected prompts in the order of training, --batch-size for each step
 selected = train_grpo.load_selection(args.select, len(rollouts["prompts"]))
-order = train_grpo.next_prompts(selected, 0, args.steps * args.batch_size, args.seed)
+seed = train_grpo.stream_seed(args.seed, args.out.parent.name) % 2**31  # --seed is the same in each phase
+order = train_grpo.next_prompts(selected, 0, args.steps * args.batch_size, seed)  # of all steps
 prompts = [as_text(tokenizer, rollouts["prompts"][i]) for i in order]
 data = Dataset.from_dict({"prompt": prompts, "answer": [rollouts["answers"][i] for i in order]})
 
 
 def reward(completions, answer, **_):
-    return [train_grpo.verify(text, gold, meta["verifier"]) for text, gold in zip(completions, answer)]
+    pairs = zip(completions, answer)
+    return [train_grpo.rewards_of([text], gold, meta["verifier"], gold)[0] for text, gold in pairs]
 
 
 # of a step's responses, each process has a micro-batch of at most --batch-tokens tokens at a time
-responses = args.batch_size * args.group // int(os.environ.get("WORLD_SIZE", "1"))
-fit = max(1, args.batch_tokens // (int(rollouts["prompt_lengths"].max()) + meta["max_new_tokens"]))
+responses = args.batch_size * args.group // train_grpo.WORLD
+if args.batch_size % train_grpo.WORLD:
+    train_grpo.fail("--batch-size", args.batch_size, "a multiple of the ranks", "change BATCH or NPROC")
+longest = int(rollouts["prompt_lengths"].max()) + meta["max_new_tokens"]
+fit = max(1, args.batch_tokens // longest)
 micro_batch = max(n for n in range(1, fit + 1) if responses % n == 0)
 config = GRPOConfig(
     str(part), max_steps=args.steps, per_device_train_batch_size=micro_batch,
     gradient_accumulation_steps=responses // micro_batch, shuffle_dataset=False, num_generations=args.group,
     temperature=args.train_temperature, top_k=0, max_completion_length=meta["max_new_tokens"],
     loss_type="dapo" if args.token_mean else "grpo", beta=args.kl_coef, entropy_coef=args.entropy_coef,
-    epsilon=train_grpo.CLIP, learning_rate=args.lr, lr_scheduler_type="constant", weight_decay=0.01,
-    max_grad_norm=args.max_grad_norm, seed=args.seed, bf16=args.dtype == "bfloat16",
-    use_cpu=args.device == "cpu", use_vllm=args.engine == "vllm", vllm_mode="colocate",
+    use_bias_correction_kl=False, disable_dropout=True, epsilon=train_grpo.CLIP, learning_rate=args.lr,
+    lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=args.max_grad_norm, seed=seed,
+    bf16=args.dtype == "bfloat16", use_cpu=args.device == "cpu", use_vllm=args.engine == "vllm",
+    vllm_max_model_length=longest, vllm_enable_sleep_mode=True, vllm_importance_sampling_correction=False,
     save_steps=args.save_every, save_total_limit=1, logging_steps=1, report_to=[])
 trainer = GRPOTrainer(policy, reward, config, train_dataset=data, processing_class=tokenizer)
-checkpoint = get_last_checkpoint(part) if part.exists() else None  # of a run that was stopped
-trainer.train(resume_from_checkpoint=checkpoint)
+states = sorted(part.glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)  # each written last
+trainer.train(resume_from_checkpoint=str(states[-1].parent) if states else None)
 trainer.save_model()  # with the tokenizer
 if trainer.is_world_process_zero():
-    for checkpoint in part.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     os.replace(part, args.out)
+    for checkpoint in args.out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -132,9 +135,7 @@ def test_integrations(toy, world, micro_run, call):
         assert ours["extra_info"] == {"split": "train", "index": i} and set(ours) == {
             "data_source", "prompt", "ability", "reward_model", "extra_info"}
     assert names["messages"](messages) == messages
-    assert names["compute_score"]("cropi", r"\boxed{1/2}", "0.5") == 1.0
-    found = names["reward_func"](["1+1=2", "1+1=3"], ["1+1=", "1+1="], ["2", "2"])
-    assert found["rewards"].tolist() == [1.0, 0.0]
+    check_reward_functions(next(block for block in code if "def compute_score" in block))
 
     test = micro_run[0] / "rollouts/targeted.pt"
     greedy = names["accuracy"](world / "base", test, 0.0, 1)
@@ -144,6 +145,25 @@ def test_integrations(toy, world, micro_run, call):
     if importlib.util.find_spec("tensorboard"):
         exec(compile(tensorboard, "docs/integrations.md", "exec"), names)
         assert list(Path("tensorboard/cropi").iterdir())
+
+
+def check_reward_functions(block):
+    """reward.py on its own: called from a thread, as by verl, and with special tokens, as by OpenRLHF."""
+    Path("reward.py").write_text(block)
+    Path("call.py").write_text("""
+import threading, reward
+if __name__ == "__main__":
+    call = lambda: print(reward.compute_score("cropi", r"\\boxed{1/2}", "0.5"))
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    pad, end = "<|endoftext|>", "<|im_end|>"
+    queries = [f"{pad}{pad}1+1=2{end}", f"{pad}1+1=no solution{end}{pad}", f"1+1=3{end}"]
+    print(reward.reward_func(queries, ["1+1="] * 3, ["2", "no solution", "2"])["rewards"].tolist())
+""")
+    done = subprocess.run([sys.executable, "call.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "1.0\n[1.0, 1.0, 0.0]\n", done.stderr
 
 
 def test_walkthrough(toy, capsys):

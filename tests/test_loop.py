@@ -201,6 +201,11 @@ def test_programs_are_scripts_or_commands(quick):
         for value in ("none.py", "no-such-command --fast", "ls"):
             done, _ = quick(DRY_RUN="1", **{knob: value})
             assert refused(done, f"{knob} {value}: found no such file or command")
+    for knob, found, stages in (("SKETCH", "no run/cropi/phase-0/train.npy", 4),
+                                ("TRAINER", "no checkpoint in run/cropi/phase-0/policy", 3)):
+        done, log = quick(**{knob: "check.py"})  # it leaves nothing; collected once
+        assert refused(done, f"{knob} check.py: found {found}") and len(log) == stages, log
+        shutil.rmtree(quick.folder / "run/cropi")
     assert quick()[0].returncode == 0
     assert refused(quick(TRAINER="env check.py")[0], "< TRAINER= > TRAINER=env check.py")
 

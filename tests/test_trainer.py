@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, ROOT, run_loop, run_script
+from conftest import MICRO, ROOT, run_loop
 
 from train_grpo import load_policy
 
@@ -47,6 +47,12 @@ def all_weights(folder):
     return torch.cat([weight.detach().flatten() for weight in policy.parameters()])
 
 
+def trl_command(rollouts, selected, out, *options):
+    command = [sys.executable, ROOT / "examples/train_trl.py", "--rollouts", rollouts, "--select", selected,
+               "--out", out, "--batch-size", 4, "--group", 16, "--train-temperature", 1, *options]
+    return [*map(str, command)]
+
+
 def test_trainer_that_only_leaves_a_checkpoint(micro_run, world, tmp_path):
     """It is started again until it has left one; phase 1 sketches its policy; no accuracies are shown."""
     script = tmp_path / "my trainer.py"
@@ -62,8 +68,8 @@ def test_trainer_that_only_leaves_a_checkpoint(micro_run, world, tmp_path):
 
     done = loop()
     message = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and message.startswith(f"run_cropi.sh: error: {run}/cropi/phase-0/policy: ")
-    assert "found no file and no checkpoint" in message
+    assert done.returncode == 2 and message.startswith(f"run_cropi.sh: error: TRAINER {script}: ")
+    assert f"found no checkpoint in {run}/cropi/phase-0/policy" in message
     assert loop().returncode == 3
     done = loop()
     assert done.returncode == 0, done.stderr
@@ -89,13 +95,21 @@ def test_selection_without_training(micro_run, world, tmp_path):
     assert not (tmp_path / "cropi/phase-1").exists()
     file = tmp_path / "cropi/phase-0/selected.npy"
     assert file.read_bytes() == (micro_run[0] / "cropi/phase-0/selected.npy").read_bytes()
-    assert f"{file} has the selected prompts, best first" in out and "docs/integrations.md" in out
+    assert f"{file}: the selected prompts" in out and "best first" in out and "docs/integrations.md" in out
     assert "cropi            0        24" in out and (tmp_path / "selected.png").exists()
+    seconds = (tmp_path / "cropi/seconds.tsv").read_text()
+
+    run_loop(tmp_path, world, BASELINE="", PHASES="1", STEPS="1")  # trains on this selection
+    assert (tmp_path / "cropi/seconds.tsv").read_text().startswith(seconds)
+    assert (tmp_path / "cropi/phase-0/policy/model.safetensors").exists()
+    run_loop(tmp_path, world, STEPS="0")  # nothing is left to do
+    assert "STEPS=1\n" in (tmp_path / "cropi/settings.txt").read_text()
 
 
 @needs_trl
 def test_trl_trains_two_phases(micro_run, world, tmp_path):
-    """The first selection is that of train_grpo.py's run; each phase changes the policy of the one before."""
+    """The first selection is that of train_grpo.py's run; each phase changes the policy of the one before.
+    """
     os.symlink(micro_run[0] / "rollouts", tmp_path / "rollouts")
     out = run_loop(tmp_path, world, BASELINE="", TRAINER=str(ROOT / "examples/train_trl.py"))
     assert "no accuracies" in out
@@ -109,6 +123,11 @@ def test_trl_trains_two_phases(micro_run, world, tmp_path):
         assert 1e-3 < (after - before).abs().max() < 1e-2
     assert not list(phases[1].glob("policy/checkpoint-*")) and not (phases[1] / "policy.part").exists()
 
+    command = trl_command(tmp_path / "rollouts/train.pt", phases[1] / "selected.npy", tmp_path / "again",
+                          "--model", phases[0] / "policy", "--ref", world / "base", "--steps", 1)
+    kl, = re.findall("'kl': '([^']*)'", subprocess.run(command, capture_output=True, text=True).stdout)
+    assert float(kl) > 1e-4  # at the start of phase 1 it is 0 to --model, not to --ref
+
 
 @needs_trl
 def test_trl_learns_and_resumes(micro_run, world, tmp_path):
@@ -117,29 +136,36 @@ def test_trl_learns_and_resumes(micro_run, world, tmp_path):
     rewards = torch.load(rollouts, weights_only=True)["rewards"]
     half = (rewards.mean(1) - 0.5).abs().argsort()[:2]
     np.save(tmp_path / "two.npy", half.numpy())
-    command = [sys.executable, ROOT / "examples/train_trl.py", "--model", world / "base",
-               "--rollouts", rollouts, "--select", tmp_path / "two.npy", "--out", tmp_path / "policy",
-               "--steps", "20", "--batch-size", "4", "--group", "16", "--lr", "1e-4",
-               "--train-temperature", "1", "--save-every", "5", "--seed", "1"]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = trl_command(rollouts, tmp_path / "two.npy", tmp_path / "policy", "--model", world / "base",
+                          "--steps", 20, "--lr", "1e-4", "--save-every", 5, "--seed", 1)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "policy.part/checkpoint-10/trainer_state.json").exists():
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    (tmp_path / "policy.part/checkpoint-15").mkdir(exist_ok=True)
+    (tmp_path / "policy.part/checkpoint-15/trainer_state.json").unlink(missing_ok=True)  # killed while saving
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = [float(reward) for reward in re.findall("'reward': '([^']*)'", done.stdout)]
-    assert 5 <= len(seen) <= 10  # steps 11 to 20, or 16 to 20
+    assert len(seen) == 10  # steps 11 to 20
     assert np.mean(seen[-5:]) > float(rewards[half].mean()) + 0.15
-    again = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "reward" not in again.stdout  # the phase is done
 
 
 @needs_trl
-def test_trl_refuses_dynamic_sampling(micro_run, world, tmp_path):
-    rollouts, selected = micro_run[0] / "rollouts/train.pt", micro_run[0] / "cropi/phase-0/selected.npy"
-    done = run_script("examples/train_trl.py", "--model", world / "base", "--rollouts", rollouts,
-                      "--select", selected, "--out", tmp_path / "policy", "--steps", 1, "--dynamic-sampling")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("train_trl.py: error: --dynamic-sampling: found set;")
+def test_trl_refuses(micro_run, world, tmp_path):
+    """Dynamic sampling, and a verifier of the user's that is not named."""
+    rollouts = torch.load(micro_run[0] / "rollouts/train.pt", weights_only=True)
+    rollouts["meta"]["verifier"] = "my.py:reward"
+    torch.save(rollouts, tmp_path / "mine.pt")
+    cases = {"--dynamic-sampling": (micro_run[0] / "rollouts/train.pt", ["--dynamic-sampling"]),
+             "--verifier": (tmp_path / "mine.pt", [])}
+    for found, (file, more) in cases.items():
+        command = trl_command(file, micro_run[0] / "cropi/phase-0/selected.npy", tmp_path / "policy",
+                              "--model", world / "base", "--steps", 1, *more)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(f"train_trl.py: error: {found}: found ")
