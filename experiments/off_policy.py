@@ -4,7 +4,7 @@ The policies are those after 1, 2 and 3 phases of the CROPI run (the equation) o
 experiments/acceleration.sh; there, the same old responses are weighed in several ways (estimators.py):
 
 rho          the equation
-clip         the release's default; recentred: its other option; no-ratio: weight 1
+clip         PPO's clip; recentred: an option of the authors' release; no-ratio: weight 1
 10, 5, 2, 1  weight min(rho, c), c as given (sketch.py --rho-max)
 unit         the equation; the validation mean is that of unit gradients
 fresh        the equation with as many responses, sampled from the current policy
