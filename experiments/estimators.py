@@ -4,8 +4,8 @@ An estimator is an objective of the old responses; its gradient replaces g(s0). 
 responses and the projection stay those of sketch.py, and so do the advantages A_k, except in recentred.
 
 rho          the equation: grad rho A
-clip         PPO's clipped objective: grad min(rho A, clip(rho, 0.8, 1.2) A); in the authors' release an option
-             of the gradient script, which its pipeline does not use
+clip         PPO's clipped objective: grad min(rho A, clip(rho, 0.8, 1.2) A); the default of the authors'
+             gradient script, which their pipeline switches off
 no-ratio     the weight of every token is 1: grad log pi A
 recentred    the release's --cancel_ppo_clip --reweight_group_adv: the equation with A_k = (R_k - m) / (s +
              1e-4), where m and s, mean and standard deviation of a prompt's rewards, weigh response k by the
