@@ -117,14 +117,14 @@ def interval(differences):
             "per_seed": [round(float(d), 4) for d in differences]}
 
 
-def evaluate(methods, tests=TESTS):
-    """The numbers of one world, from its {method: {seed: run}}."""
+def evaluate(methods, tests=TESTS, measure="accuracy", pairs=PAIRS):
+    """The numbers of one world, from its {method: {seed: run}}. measure: accuracy (sampled mean) or greedy."""
     result, at = {"seeds": {name: sorted(runs) for name, runs in methods.items()}}, {"half": {}, "final": {}}
     for place, values in at.items():
         for test in tests:
             values[test] = {}
             for name, runs in methods.items():
-                curves = {seed: smoothed(run["accuracy"][test]) for seed, run in runs.items()}
+                curves = {seed: smoothed(run[measure][test]) for seed, run in runs.items()}
                 values[test][name] = {seed: float(c[len(c) // 2 if place == "half" else -1])
                                       for seed, c in curves.items()}
         result[f"{place}_accuracy"] = {test: {
@@ -137,7 +137,7 @@ def evaluate(methods, tests=TESTS):
             ratios = []
             for seed in sorted(set(runs) & set(methods["full"])):
                 full, level = methods["full"][seed], at["final"]["targeted"]["full"][seed]
-                needed = [crossing(run[axis], smoothed(run["accuracy"]["targeted"]), level)
+                needed = [crossing(run[axis], smoothed(run[measure]["targeted"]), level)
                           for run in (full, runs[seed])]
                 if needed[1] == 0:
                     print(f"{name}, seed {seed}: no acceleration, full data ends at or below the base policy")
@@ -146,7 +146,7 @@ def evaluate(methods, tests=TESTS):
             median = float(np.median(ratios)) if ratios else None
             result[f"{key}_acceleration"][name] = {"median": median, "per_seed": ratios}
     result["differences"] = {}
-    for one, other in (*(("cropi", name) for name in methods if name != "cropi"), *PAIRS):
+    for one, other in (*(("cropi", name) for name in methods if name != "cropi"), *pairs):
         if one in methods and other in methods:
             shared = sorted(set(methods[one]) & set(methods[other]))
             result["differences"][f"{one} - {other}"] = {

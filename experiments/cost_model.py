@@ -1,0 +1,100 @@
+"""Does CROPI pay? The time to full data's accuracy, in the toy (measured) and at a real model's size (computed).
+
+    time = collection + phases x selection + steps x step
+
+For the toy, the parts are those of protocol 2's runs (experiments/protocol2.sh), mean over the seeds; steps are
+the median over the seeds of what a method needs to full data's final accuracy, by greedy decoding and by the
+sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of presets/qwen2.5-1.5b.sh (GPU hours of H100s;
+nothing of it was run) and the steps are the paper's: about 1,750 of full data and 660 of CROPI to the same
+accuracy. For the economical selection, the same 660 steps are an assumption.
+
+    python experiments/cost_model.py        writes experiments/results/cost_model.json and cost_model.png
+"""
+
+import json
+import math
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from acceleration import RESULTS
+from plot import crossing, smoothed
+from protocol2 import MEASURES, ROWS, load
+
+METHODS = ("full", "cropi", "economical")
+PARTS = {"collection": "#95a5a6", "selection": "#c0392b", "training": "#34495e"}
+
+# GPU hours, as in the header of presets/qwen2.5-1.5b.sh
+COLLECTION = 59_588 * 8 * 500 / 15_000 / 3600  # K = 8 responses of 500 tokens, 15,000 tokens per second
+FLOPS = 6 * 1.54e9  # per token, forward and backward
+TOKENS = 35_750 * (8 * 500 + 100)  # of the train prompts with a gradient, one phase
+CHEAP = 35_750 / 4 * (2 * 500 + 100)  # RESPONSES=2 CANDIDATES=1/4
+VALIDATION = 200 * (32 * 500 + 100)
+SELECTION = (TOKENS + VALIDATION) * FLOPS / 2.5e14 / 3600
+CHEAP_SELECTION = (CHEAP + VALIDATION) * FLOPS / 2.5e14 / 3600
+STEP = 128 * 8 * 500 / 15_000 / 3600 + 128 * (8 * 500 + 100) * FLOPS * 8 / 6 / 3.5e14 / 3600
+LARGE = {"full": (0, 0, 1750), "cropi": (COLLECTION, SELECTION, 660), "economical": (COLLECTION, CHEAP_SELECTION, 660)}
+
+
+def time_of(collection, selection, step, steps, steps_per_phase):
+    """{part: time} of a method that needs `steps` steps; a phase's selection comes before its first step."""
+    return {"collection": collection, "selection": math.ceil(steps / steps_per_phase) * selection,
+            "training": steps * step}
+
+
+def toy(methods, measure):
+    """{method: {part: seconds}}; None for a method that does not reach full data's accuracy in the median."""
+    stored = MEASURES[measure]
+    result = {}
+    for name in METHODS:
+        runs = methods[name]
+        steps = []
+        for seed, run in runs.items():
+            level = smoothed(methods["full"][seed][stored]["targeted"])[-1]
+            steps.append(crossing(run["steps"], smoothed(run[stored]["targeted"]), level))
+        step = [(run["seconds"][-1] - run["collection"] - sum(run["selection"])) / run["steps"][-1]
+                for run in runs.values()]
+        result[name] = None
+        if np.isfinite(np.median(steps)):
+            mean = [float(np.mean(part)) for part in (
+                [run["collection"] for run in runs.values()],
+                [np.mean(run["selection"]) for run in runs.values()], step)]
+            result[name] = {"steps": float(np.median(steps)), **time_of(*mean, float(np.median(steps)), 40)}
+    return result
+
+
+def main():
+    methods = load()
+    seeds = sorted(set(methods["full"]) & set(methods["cropi"]) & set(methods["economical"]))
+    methods = {name: {seed: methods[name][seed] for seed in seeds} for name in METHODS}
+    panels = {f"toy, {measure} (seconds, measured)": toy(methods, measure) for measure in MEASURES}
+    panels["Qwen2.5-1.5B (GPU hours, computed)"] = {
+        name: {"steps": steps, **time_of(collection, selection, STEP, steps, 100)}
+        for name, (collection, selection, steps) in LARGE.items()}
+    (RESULTS / "cost_model.json").write_text(json.dumps({"seeds": seeds, **panels}, indent=1) + "\n")
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 2.6))
+    for axis, (title, panel) in zip(axes, panels.items()):
+        for row, name in enumerate(METHODS):
+            left = 0
+            for part, color in PARTS.items():
+                width = panel[name][part] if panel[name] else 0
+                axis.barh(row, width, left=left, color=color, label=part if row == 0 else None)
+                left += width
+            axis.text(left, row, f" {left:.3g}" if left else " not reached", va="center", fontsize=8)
+            print(f"{title}: {ROWS[name]}: {left:.3g}", panel[name])
+        axis.set_yticks(range(len(METHODS)), [ROWS[name] for name in METHODS], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(title, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "cost_model.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Evaluates the runs of experiments/protocol2.sh by protocol 2 of experiments/README.md.
+
+Reads   experiments/results/protocol2/NAME-SEED.json; runs that are not there yet are left out.
+Writes  experiments/results/protocol2.json   for each measure, greedy and sampled (the mean at T = 1), what
+                                             acceleration.json has: accelerations, accuracies at half and end,
+                                             paired differences with their 95% intervals
+        experiments/results/protocol2.png    targeted accuracy against steps and against seconds
+Prints  a table for each measure, and the claims.
+
+    bash experiments/protocol2.sh
+    python experiments/protocol2.py
+"""
+
+import json
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from acceleration import AXES, RESULTS, evaluate
+
+MEASURES = {"greedy": "greedy", "sampled": "accuracy"}  # their names in the stored runs
+PAIRS = (("influence", "full"), ("economical", "cropi"), ("dynamic", "economical"))
+ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
+        "economical": "economical CROPI", "dynamic": "economical CROPI, DYNAMIC=1",
+        "dapo": "DAPO", "responses": "CROPI, RESPONSES=2", "candidates": "CROPI, CANDIDATES=1/4",
+        "momentum": "CROPI, MOMENTUM=0.5", "k4": "CROPI, K=4", "random": "random", "passrate": "pass rate", "learnability": "learnability"}  # in this order
+DRAWN = {"full": "#34495e", "influence": "#e59866", "cropi": "#c0392b", "economical": "#2980b9"}
+
+
+def load():
+    """{method: {seed: stored run}}, in the order of ROWS."""
+    methods = {name: {} for name in ROWS}
+    for path in sorted((RESULTS / "protocol2").glob("*.json")):
+        name, _, seed = path.stem.rpartition("-")
+        methods[name][int(seed)] = json.loads(path.read_text())
+    return {name: runs for name, runs in methods.items() if runs}
+
+
+def table(result):
+    """Lines of a Markdown table: a row per method of one measure."""
+    columns = ("method (seeds)", "targeted, step 140", "targeted, step 280 (each seed)",
+               "CROPI minus it, same seeds", "related", "other", "speed-up in steps", "tokens", "seconds")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, seeds in result["seeds"].items():
+        final = {test: result["final_accuracy"][test][name] for test in ("targeted", "related", "other")}
+        each = ", ".join(f"{value:.3f}" for value in final["targeted"]["per_seed"])
+        difference = ""
+        if f"cropi - {name}" in result["differences"]:
+            difference = plus_minus(result["differences"][f"cropi - {name}"]["final"]["targeted"])
+        cells = [f"{ROWS[name]} ({len(seeds)})", f"{result['half_accuracy']['targeted'][name]['mean']:.3f}",
+                 f"{final['targeted']['mean']:.3f} ({each})", difference,
+                 f"{final['related']['mean']:.3f}", f"{final['other']['mean']:.3f}"]
+        for axis in ("step", "token", "wall"):
+            median = result[f"{axis}_acceleration"][name]["median"]
+            cells.append(f"{median:.2f}" if median else "never")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def plus_minus(difference):
+    half = difference["half_width_95"]
+    return f"{difference['mean']:+.3f}" + (f" ± {half:.3f}" if half is not None else "")
+
+
+def draw(methods, path):
+    """Targeted accuracy, mean over the seeds: solid by greedy decoding, dotted the sampled mean."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True)
+    for name in [name for name in DRAWN if name in methods]:
+        runs = list(methods[name].values())
+        for axis, x in zip(axes, AXES):
+            at = np.mean([run[x] for run in runs], axis=0)
+            for measure, style in (("greedy", "-"), ("accuracy", ":")):
+                curves = np.array([run[measure]["targeted"] for run in runs])  # [seeds, evaluations]
+                label = f"{ROWS[name]}, {len(runs)} seeds" if measure == "greedy" else None
+                axis.plot(at, curves.mean(0), style, color=DRAWN[name], lw=2, label=label)
+    for axis, label in zip(axes, ("GRPO steps", "seconds: collection, selection, training")):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+        axis.set_xlim(left=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("targeted accuracy")
+    axes[0].legend(frameon=False, fontsize=8, title="solid: greedy; dotted: sampled, T = 1", title_fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    methods = load()
+    results = {"command": "bash experiments/protocol2.sh"}
+    for measure, stored in MEASURES.items():
+        results[measure] = evaluate(methods, measure=stored, pairs=PAIRS)
+        base = {test: np.mean([run[stored][test][0] for run in methods["full"].values()])
+                for test in ("targeted", "related", "other")}
+        print(f"\n{measure}; base policy:", ", ".join(f"{test} {value:.3f}" for test, value in base.items()))
+        print("\n".join(table(results[measure])))
+        for pair, places in results[measure]["differences"].items():
+            for place, tests in places.items():
+                print(f"{pair}, {place}:", ", ".join(f"{t} {plus_minus(d)}" for t, d in tests.items()))
+    (RESULTS / "protocol2.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(methods, RESULTS / "protocol2.png")
+
+
+if __name__ == "__main__":
+    main()
