@@ -118,7 +118,7 @@ def interval(differences):
 
 
 def evaluate(methods, tests=TESTS, measure="accuracy", pairs=PAIRS):
-    """The numbers of one world, from its {method: {seed: run}}. measure: accuracy (sampled mean) or greedy."""
+    """The numbers of one world, from its {method: {seed: run}}. measure: accuracy (sampled) or greedy."""
     result, at = {"seeds": {name: sorted(runs) for name, runs in methods.items()}}, {"half": {}, "final": {}}
     for place, values in at.items():
         for test in tests:

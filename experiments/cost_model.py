@@ -1,12 +1,12 @@
-"""Does CROPI pay? The time to full data's accuracy, in the toy (measured) and at a real model's size (computed).
+"""Does CROPI pay? Time to full data's accuracy, in the toy (measured) and at a real model's size (computed).
 
     time = collection + phases x selection + steps x step
 
-For the toy, the parts are those of protocol 2's runs (experiments/protocol2.sh), mean over the seeds; steps are
-the median over the seeds of what a method needs to full data's final accuracy, by greedy decoding and by the
-sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of presets/qwen2.5-1.5b.sh (GPU hours of H100s;
+For the toy, the parts are those of protocol 2's runs (experiments/protocol2.sh), mean over the seeds; steps
+are the median over the seeds of what a method needs to full data's final accuracy, by greedy decoding and by
+the sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of presets/qwen2.5-1.5b.sh (H100 hours;
 nothing of it was run) and the steps are the paper's: about 1,750 of full data and 660 of CROPI to the same
-accuracy. For the economical selection, the same 660 steps are an assumption.
+accuracy. That economical CROPI needs the same 660 steps is an assumption.
 
     python experiments/cost_model.py        writes experiments/results/cost_model.json and cost_model.png
 """
@@ -28,15 +28,17 @@ METHODS = ("full", "cropi", "economical")
 PARTS = {"collection": "#95a5a6", "selection": "#c0392b", "training": "#34495e"}
 
 # GPU hours, as in the header of presets/qwen2.5-1.5b.sh
-COLLECTION = 59_588 * 8 * 500 / 15_000 / 3600  # K = 8 responses of 500 tokens, 15,000 tokens per second
-FLOPS = 6 * 1.54e9  # per token, forward and backward
-TOKENS = 35_750 * (8 * 500 + 100)  # of the train prompts with a gradient, one phase
-CHEAP = 35_750 / 4 * (2 * 500 + 100)  # RESPONSES=2 CANDIDATES=1/4
+HOUR = 3600
+PASS = 6 * 1.54e9  # FLOP per token, forward and backward; with a reference's forward pass 8/6 of it
+TRAIN = 35_750 * (8 * 500 + 100)  # tokens of the train prompts with a gradient, in one phase
+CHEAP = 35_750 / 4 * (2 * 500 + 100)  # the same with RESPONSES=2 CANDIDATES=1/4
 VALIDATION = 200 * (32 * 500 + 100)
-SELECTION = (TOKENS + VALIDATION) * FLOPS / 2.5e14 / 3600
-CHEAP_SELECTION = (CHEAP + VALIDATION) * FLOPS / 2.5e14 / 3600
-STEP = 128 * 8 * 500 / 15_000 / 3600 + 128 * (8 * 500 + 100) * FLOPS * 8 / 6 / 3.5e14 / 3600
-LARGE = {"full": (0, 0, 1750), "cropi": (COLLECTION, SELECTION, 660), "economical": (COLLECTION, CHEAP_SELECTION, 660)}
+COLLECTION = 59_588 * 8 * 500 / 15_000 / HOUR
+SELECTION = (TRAIN + VALIDATION) * PASS / 2.5e14 / HOUR
+CHEAP_SELECTION = (CHEAP + VALIDATION) * PASS / 2.5e14 / HOUR
+STEP = 128 * (8 * 500 / 15_000 + (8 * 500 + 100) * PASS * 8 / 6 / 3.5e14) / HOUR
+LARGE = {"full": (0, 0, 1750), "cropi": (COLLECTION, SELECTION, 660),
+         "economical": (COLLECTION, CHEAP_SELECTION, 660)}  # collection, selection of a phase, steps
 
 
 def time_of(collection, selection, step, steps, steps_per_phase):

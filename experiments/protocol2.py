@@ -26,7 +26,8 @@ PAIRS = (("influence", "full"), ("economical", "cropi"), ("dynamic", "economical
 ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "economical": "economical CROPI", "dynamic": "economical CROPI, DYNAMIC=1",
         "dapo": "DAPO", "responses": "CROPI, RESPONSES=2", "candidates": "CROPI, CANDIDATES=1/4",
-        "momentum": "CROPI, MOMENTUM=0.5", "k4": "CROPI, K=4", "random": "random", "passrate": "pass rate", "learnability": "learnability"}  # in this order
+        "momentum": "CROPI, MOMENTUM=0.5", "k4": "CROPI, K=4", "random": "random",
+        "passrate": "pass rate", "learnability": "learnability"}  # in this order
 DRAWN = {"full": "#34495e", "influence": "#e59866", "cropi": "#c0392b", "economical": "#2980b9"}
 
 
