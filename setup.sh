@@ -109,7 +109,12 @@ read_data_sets() {
 }
 
 choose_engine() { # makes the default of ENGINE explicit
-    ENGINE=${ENGINE:-${GPU:+vllm}}
+    if [ -z "$ENGINE" ] && [ -n "$GPU" ]; then
+        ENGINE=vllm
+        if [ -z "$DRY_RUN" ]; then
+            echo "ENGINE=vllm is the default on a GPU, but was tested on CPUs only; if it fails, set ENGINE=hf"
+        fi
+    fi
     ENGINE=${ENGINE:-hf}
 }
 

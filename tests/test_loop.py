@@ -460,6 +460,9 @@ def test_preset_sets_what_the_environment_does_not(tmp_path):
     gpu = loop("presets/qwen2.5-1.5b.sh", ENGINE="", PATH=f"{tmp_path}:{os.environ['PATH']}",
                RUN=str(tmp_path / "gpu"))
     assert gpu.returncode == 2 and "ENGINE=vllm" in (tmp_path / "gpu/rollouts/settings.txt").read_text()
+    first = gpu.stdout.splitlines()[0]
+    assert first.startswith("ENGINE=vllm is the default") and first.endswith("ENGINE=hf")
+    assert "is the default on a GPU" not in done.stdout
     missing = loop("presets/none.sh")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
     assert "presets/qwen2.5-1.5b.sh" in missing.stderr
