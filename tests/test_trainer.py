@@ -106,16 +106,19 @@ def test_selection_without_training(micro_run, world, tmp_path):
     assert "STEPS=1\n" in (tmp_path / "cropi/settings.txt").read_text()
 
 
+@pytest.fixture(scope="module")
+def trl_run(world, tmp_path_factory):
+    """(folder RUN, stdout) of two phases of the loop with TRL."""
+    run = tmp_path_factory.mktemp("trl")
+    return run, run_loop(run, world, BASELINE="", TRAINER=str(ROOT / "examples/train_trl.py"))
+
+
 @needs_trl
-def test_trl_trains_two_phases(micro_run, world, tmp_path):
-    """The first selection is that of train_grpo.py's run; each phase changes the policy of the one before.
-    """
-    os.symlink(micro_run[0] / "rollouts", tmp_path / "rollouts")
-    out = run_loop(tmp_path, world, BASELINE="", TRAINER=str(ROOT / "examples/train_trl.py"))
+def test_trl_trains_two_phases(trl_run, world, tmp_path):
+    """Each phase changes the policy of the one before; the reference of the KL term is --ref."""
+    run, out = trl_run
     assert "no accuracies" in out
-    phases = [tmp_path / f"cropi/phase-{m}" for m in (0, 1)]
-    first = np.load(phases[0] / "selected.npy")
-    assert np.array_equal(first, np.load(micro_run[0] / "cropi/phase-0/selected.npy"))
+    phases = [run / f"cropi/phase-{m}" for m in (0, 1)]
     policies = [json.loads((phase / "train.json").read_text())["policy"] for phase in phases]
     assert policies[0] != policies[1]
     weights = [all_weights(f) for f in (world / "base", phases[0] / "policy", phases[1] / "policy")]
@@ -123,16 +126,16 @@ def test_trl_trains_two_phases(micro_run, world, tmp_path):
         assert 1e-3 < (after - before).abs().max() < 1e-2
     assert not list(phases[1].glob("policy/checkpoint-*")) and not (phases[1] / "policy.part").exists()
 
-    command = trl_command(tmp_path / "rollouts/train.pt", phases[1] / "selected.npy", tmp_path / "again",
+    command = trl_command(run / "rollouts/train.pt", phases[1] / "selected.npy", tmp_path / "again",
                           "--model", phases[0] / "policy", "--ref", world / "base", "--steps", 1)
     kl, = re.findall("'kl': '([^']*)'", subprocess.run(command, capture_output=True, text=True).stdout)
     assert float(kl) > 1e-4  # at the start of phase 1 it is 0 to --model, not to --ref
 
 
 @needs_trl
-def test_trl_learns_and_resumes(micro_run, world, tmp_path):
+def test_trl_learns_and_resumes(trl_run, world, tmp_path):
     """The reward of two prompts rises (to 0.78 with seeds 1 to 3); a killed run goes on from a checkpoint."""
-    rollouts = micro_run[0] / "rollouts/train.pt"
+    rollouts = trl_run[0] / "rollouts/train.pt"
     rewards = torch.load(rollouts, weights_only=True)["rewards"]
     half = (rewards.mean(1) - 0.5).abs().argsort()[:2]
     np.save(tmp_path / "two.npy", half.numpy())
@@ -156,15 +159,16 @@ def test_trl_learns_and_resumes(micro_run, world, tmp_path):
 
 
 @needs_trl
-def test_trl_refuses(micro_run, world, tmp_path):
+def test_trl_refuses(trl_run, world, tmp_path):
     """Dynamic sampling, and a verifier of the user's that is not named."""
-    rollouts = torch.load(micro_run[0] / "rollouts/train.pt", weights_only=True)
+    run = trl_run[0]
+    rollouts = torch.load(run / "rollouts/train.pt", weights_only=True)
     rollouts["meta"]["verifier"] = "my.py:reward"
     torch.save(rollouts, tmp_path / "mine.pt")
-    cases = {"--dynamic-sampling": (micro_run[0] / "rollouts/train.pt", ["--dynamic-sampling"]),
+    cases = {"--dynamic-sampling": (run / "rollouts/train.pt", ["--dynamic-sampling"]),
              "--verifier": (tmp_path / "mine.pt", [])}
     for found, (file, more) in cases.items():
-        command = trl_command(file, micro_run[0] / "cropi/phase-0/selected.npy", tmp_path / "policy",
+        command = trl_command(file, run / "cropi/phase-0/selected.npy", tmp_path / "policy",
                               "--model", world / "base", "--steps", 1, *more)
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2
