@@ -225,8 +225,7 @@ for name in sys.argv[1:]:
 
 # record_settings FOLDER NAME...: writes the named knobs to FOLDER/settings.txt and files to FOLDER/files.txt.
 # If these exist with other contents, stops with an error; only the knobs of training, which STEPS=0 leaves out,
-# may be added later. All of RUN depends on the rollouts, so the hint for
-# these is to remove RUN.
+# may be added later. All of RUN depends on the rollouts, so the hint for these is to remove RUN.
 record_settings() {
     local folder=$1
     local file=$1/settings.txt
@@ -314,7 +313,7 @@ check_output() {
 
 is_checkpoint() { # FOLDER
     [ -f "$1/config.json" ] && [ -f "$1/tokenizer_config.json" ] &&
-        find "$1" -maxdepth 1 -name 'model*.safetensors' | grep -q .
+        [ -n "$(find "$1" -maxdepth 1 -name 'model*.safetensors')" ]
 }
 
 stage_seconds() { # wall-clock seconds of the current stage, with those of its earlier attempts

@@ -56,7 +56,7 @@ def reward(completions, answer, **_):
 # of a step's responses, each process has a micro-batch of at most --batch-tokens tokens at a time
 responses = args.batch_size * args.group // train_grpo.WORLD
 if args.batch_size % train_grpo.WORLD:
-    train_grpo.fail("--batch-size", args.batch_size, "a multiple of the ranks", "change BATCH or NPROC")
+    train_grpo.fail("--batch-size", args.batch_size, "a multiple of the number of ranks", "change BATCH")
 longest = int(rollouts["prompt_lengths"].max()) + meta["max_new_tokens"]
 fit = max(1, args.batch_tokens // longest)
 micro_batch = max(n for n in range(1, fit + 1) if responses % n == 0)
