@@ -1,5 +1,7 @@
 """The code of README.md and docs/ runs and does what the pages say; their links lead somewhere."""
 
+import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -47,13 +49,22 @@ def test_links():
             assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
 
 
-def test_readme(toy, world, micro_run, call):
-    names = run_blocks("README.md", blocks("README.md"))
-    assert call(sketch, "--model", world / "base", "--rollouts", micro_run[0] / "rollouts/train.pt",
-                "--out", "r.npy", "--dim", 4096)[0] == 0
-    ours, expected = names["sketches"], torch.from_numpy(np.load("r.npy")[:4])
-    assert ours.shape == (4, 4096) and expected.norm() > 0
-    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.norm()))
+def test_functions_of_readme():
+    """The scripts have the functions that README names, in its code and in its table of equations."""
+    code, = blocks("README.md")
+    calls = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    named = {(call.value.id, call.attr) for call in calls if isinstance(call, ast.Attribute)}
+    assert {call.id for call in calls if isinstance(call, ast.Name)} == {"range", "project", "mean"}
+    assert {script for script, _ in named} == {"collect", "sketch", "score", "train_grpo"}
+    for script, name in named:
+        assert callable(getattr(importlib.import_module(script), name))
+    table = (ROOT / "README.md").read_text().partition("| equation | function | file |\n")[2]
+    rows = [line.split(" | ")[-2:] for line in table.partition("\n\n")[0].splitlines()[1:]]
+    assert len(rows) > 10
+    for functions, files in rows:
+        sources = "".join((ROOT / file).read_text() for file in re.findall(r"\w+\.\w+", files))
+        for name in re.findall(r"`(\w+)`", functions):
+            assert re.search(rf"^(def|class) {name}\b|^{name}\(\)", sources, re.M), name
 
 
 def test_readme_is_short():
@@ -76,8 +87,7 @@ def test_reported_numbers():
         row, = [line for line in readme if line.startswith(f"| {start}")]
         for method in ("full", "influence", "cropi"):
             assert f"{result['final_accuracy'][test][method]['mean']:.3f}" in row
-    for axis, start in (("step", "speed-up in GRPO steps"), ("token", "speed-up in sampled tokens"),
-                        ("wall", "speed-up in seconds")):
+    for axis, start in (("step", "speed-up in GRPO steps"), ("wall", "speed-up in seconds")):
         row, = [line for line in readme if line.startswith(f"| {start}")]
         for method in ("influence", "cropi"):
             assert f"{result[f'{axis}_acceleration'][method]['median']:.2f}x" in row
@@ -100,6 +110,12 @@ def test_integrations(toy, world, micro_run, call):
             print(json.dumps(row), file=file)
     *code, tensorboard = blocks("docs/integrations.md")
     names = run_blocks("docs/integrations.md", code)
+
+    assert call(sketch, "--model", world / "base", "--rollouts", micro_run[0] / "rollouts/train.pt",
+                "--out", "r.npy", "--dim", 4096)[0] == 0
+    ours, expected = names["sketches"], torch.from_numpy(np.load("r.npy")[:4])
+    assert ours.shape == (4, 4096) and expected.norm() > 0
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5 * float(expected.norm()))
 
     logged = sketch.load_rollouts("logged.pt")
     assert torch.equal(logged["rewards"], rollouts["rewards"][kept])
