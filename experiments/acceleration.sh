@@ -15,7 +15,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
 export PYTHON OMP_NUM_THREADS=1 BASELINE= RESULTS=experiments/results/acceleration RUNS=runs/acceleration
+export LR=5e-5 PHASES=8 STEPS=20 # protocol 1's, also where the defaults of the toy change
 mkdir -p "$RUNS" "$RESULTS" experiments/results/reselection
+
+# world ARGUMENT...: makes the world $TOY of seed $SEED with these arguments of make_toy.py
+world() {
+    [ ! -e "$TOY/seconds.tsv" ] || return 0
+    "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --sft-steps 700 "$@"
+    printf 'world\t0\n' >"$TOY/seconds.tsv"
+}
 
 # run NAME METHOD: makes the run $RUN/METHOD with the environment's settings and stores its numbers
 run() {
@@ -63,6 +71,7 @@ part() {
             (
                 export RUN=$RUNS/$a-$b-$SEED TOY=$RUNS/$a-$b-$SEED/world TARGETED=$pair
                 export VAL="$a=$TOY/val_$a.jsonl $b=$TOY/val_$b.jsonl"
+                world --targeted $pair
                 for method in full influence cropi; do run "$a-$b-$SEED-$method" "$method"; done
             )
         done
@@ -74,9 +83,7 @@ part() {
         for n in 60 100 430; do
             (
                 export RUN=$RUNS/pool-$n-$SEED TOY=$RUNS/pool-$n-$SEED/world
-                [ -e "$TOY/seconds.tsv" ] ||
-                    "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --pool-targeted "$n"
-                printf 'world\t0\n' >"$TOY/seconds.tsv"
+                world --pool-targeted "$n"
                 for method in influence cropi; do run "pool-$n-$SEED-$method" "$method"; done
             )
         done
@@ -91,6 +98,7 @@ part() {
 seed() {
     export SEED=$1 RUN=$RUNS/seed-$1 TOY=$RUNS/seed-$1/world
     local name
+    world
     for name in "${@:2}"; do
         case $name-$SEED in # the seeds of each part
         main-* | pilot-* | worlds-[01] | reselection-[0-2]) part "$name" ;;
@@ -98,7 +106,7 @@ seed() {
         esac
     done
 }
-export -f run vary part seed
+export -f world run vary part seed
 
 if [ "${1:-}" = pilot ]; then
     RUNS=runs/pilot RESULTS=experiments/results/pilot SEEDS="20 21"
