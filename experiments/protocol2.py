@@ -5,7 +5,7 @@ Writes  experiments/results/protocol2.json   for each measure, greedy and sample
                                              acceleration.json has: accelerations, accuracies at half and end,
                                              paired differences with their 95% intervals
         experiments/results/protocol2.png    targeted accuracy against steps and against seconds
-Prints  a table for each measure, and the claims.
+Prints  a table for each measure, and the claims with their verdicts.
 
     bash experiments/protocol2.sh
     python experiments/protocol2.py
@@ -28,6 +28,7 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "dapo": "DAPO", "responses": "CROPI, RESPONSES=2", "candidates": "CROPI, CANDIDATES=1/4",
         "momentum": "CROPI, MOMENTUM=0.5", "k4": "CROPI, K=4", "random": "random",
         "passrate": "pass rate", "learnability": "learnability"}  # in this order
+BASELINES = ("full", "influence", "dapo", "random", "passrate", "learnability")  # of claim 3
 DRAWN = {"full": "#34495e", "influence": "#e59866", "cropi": "#c0392b", "economical": "#2980b9"}
 
 
@@ -59,6 +60,46 @@ def table(result):
             cells.append(f"{median:.2f}" if median else "never")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def claims(result):
+    """[(claim, the numbers that decide it, verdict)] of one measure, by the rules of the protocol."""
+    def speed_up(axis, name, paper):
+        found = result[f"{axis}_acceleration"][name]
+        each = found["per_seed"]
+        return (f"{found['median']:.2f} ({min(each):.2f} to {max(each):.2f})",
+                verdict(found["median"] >= paper, found["median"] < 1))
+
+    def compared(one, other, place, test="targeted"):
+        """The difference, and both ends of its interval."""
+        found = result["differences"][f"{one} - {other}"][place][test]
+        half = found["half_width_95"] or np.inf
+        return found, found["mean"] - half, found["mean"] + half
+
+    rivals = [name for name in BASELINES if name in result["seeds"]]
+    against = {name: [compared("cropi", name, place) for place in ("half", "final")] for name in rivals}
+    nearest = min(rivals, key=lambda name: against[name][1][0]["mean"])
+    best = (f"next at the end: {ROWS[nearest]}, {plus_minus(against[nearest][1][0])}",
+            verdict(all(found["mean"] > 0 for of in against.values() for found, _, _ in of),
+                    any(high < 0 for of in against.values() for _, _, high in of)))
+    again, again_low, again_high = compared("cropi", "influence", "final")
+    once, once_low, _ = compared("influence", "full", "final")
+    related, _, related_high = compared("cropi", "full", "final", "related")
+    cheap = [compared("economical", "cropi", place) for place in ("half", "final")]
+    return [
+        ("1. fewer steps", *speed_up("step", "cropi", 2.66)),
+        ("2. less time", *speed_up("wall", "cropi", 2.16)),
+        ("3. CROPI is the best method", *best),
+        ("4. re-selection pays", plus_minus(again), verdict(again_low > 0, again_high < 0)),
+        ("5. influence once does not beat full data", plus_minus(once), verdict(once_low <= 0, once_low > 0)),
+        ("6. no loss on related tests", plus_minus(related), verdict(related_high >= 0, related_high < 0)),
+        ("7. economical CROPI is not worse", " (half), ".join(plus_minus(found) for found, _, _ in cheap),
+         verdict(all(low > -0.02 for _, low, _ in cheap), any(high < 0 for _, _, high in cheap))),
+        ("8. economical CROPI saves time", *speed_up("wall", "economical", 2.16))]
+
+
+def verdict(holds, fails):
+    return "holds" if holds else "does not hold" if fails else "undecided"
 
 
 def plus_minus(difference):
@@ -97,6 +138,7 @@ def main():
                 for test in ("targeted", "related", "other")}
         print(f"\n{measure}; base policy:", ", ".join(f"{test} {value:.3f}" for test, value in base.items()))
         print("\n".join(table(results[measure])))
+        print("\n".join(f"| {' | '.join(row)} |" for row in claims(results[measure])))
         for pair, places in results[measure]["differences"].items():
             for place, tests in places.items():
                 print(f"{pair}, {place}:", ", ".join(f"{t} {plus_minus(d)}" for t, d in tests.items()))
