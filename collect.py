@@ -295,7 +295,8 @@ def load_vllm(name, dtype, kv_tokens, context):
 
 # ==== 3. Files, resuming, bad input =========================================================================
 # The command line, data sets, your own verifier, rollouts.pt, batches that survive a kill and are shared by
-# torchrun's processes (ranks), one-line errors. Nothing here changes what is sampled from a prompt.
+# torchrun's processes (ranks), one-line errors, and the rules by which `verify` reads an answer. Nothing here
+# changes what is sampled from a prompt.
 
 FORMAT = 2  # of rollouts.pt
 RANK = int(os.environ.get("RANK", "0"))  # of this process among those that torchrun has started

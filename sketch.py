@@ -276,7 +276,8 @@ def main():
 
 # ==== 2. Faster, same numbers ===============================================================================
 # One backward pass makes the gradients of many prompts, in micro-batches of at most --batch-tokens tokens.
-# Without this part, sketch_prompt would make the same sketches, one prompt per pass.
+# Without it, sketch_prompt would make the same sketches, one prompt per pass. Only the economical selection
+# at its end, which is ours and off by default, makes other ones.
 
 Conv1D = transformers.pytorch_utils.Conv1D
 BATCHED = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, Conv1D)  # and RMSNorm: layer_gradients
@@ -401,7 +402,7 @@ def choose_sketcher(policy, projection):
     return one_by_one
 
 
-# ---- economical selection: ours, not the paper's, and never on by default; it changes numbers ----
+# ---- economical selection: ours, not the paper's, and off by default; it changes numbers ----
 def draw(args, number, unequal, advantages, identity):
     """What to sketch of --rollouts file `number`: {prompt: numbers of m responses}, their advantages, and m.
 

@@ -685,8 +685,8 @@ def build_policy(name, device, dtype):
 
 
 # ==== 3. Files, resuming, bad input =========================================================================
-# The command line, checkpoints that survive a kill, refusals before the first step, one-line errors. Nothing
-# here changes a number; skip it, unless you change how a run is stored.
+# The command line, checkpoints that survive a kill, refusals before the first step, one-line errors, and
+# the rules by which `verify` reads an answer. Skip it, unless you change these or how a run is stored.
 
 FORMAT = 2  # of rollouts.pt
 RANK = int(os.environ.get("RANK", "0"))  # of this process among those that torchrun has started

@@ -11,6 +11,7 @@ VAL=${VAL:-sort=$TOY/val_sort.jsonl dbl=$TOY/val_dbl.jsonl}
 TEST=${TEST:-targeted=$TOY/test_targeted.jsonl related=$TOY/test_related.jsonl
     other=$TOY/test_other.jsonl}
 VERIFIER=${VERIFIER:-exact}
+ENGINE=${ENGINE:-hf}               # also on a GPU: fast enough for so small a policy
 MAX_NEW_TOKENS=${MAX_NEW_TOKENS:-10}
 TEMPERATURE=${TEMPERATURE:-1.0}
 K_VAL=${K_VAL:-16}

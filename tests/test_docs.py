@@ -54,7 +54,7 @@ def test_functions_of_readme():
     code, = blocks("README.md")
     calls = [node.func for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     named = {(call.value.id, call.attr) for call in calls if isinstance(call, ast.Attribute)}
-    assert {call.id for call in calls if isinstance(call, ast.Name)} == {"range", "project", "mean"}
+    assert {call.id for call in calls if isinstance(call, ast.Name)} == {"len", "mean", "project", "range"}
     assert {script for script, _ in named} == {"collect", "sketch", "score", "train_grpo"}
     for script, name in named:
         assert callable(getattr(importlib.import_module(script), name))
