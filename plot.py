@@ -10,9 +10,10 @@ Writes  OUT/accuracy.png   accuracy on each test set against GRPO steps, seconds
         OUT/training.png   entropy and mean response length of each GRPO step.
         OUT/selected.png   the selection of each phase by family (if the data has families) and by pass rate
                            under beta.
-Prints  a table: method, phase, prompts selected, selection seconds, training seconds, accuracy at the end of
-        the phase; how many steps each method needs to the smoothed accuracy on the first test set at which
-        full data ends; and the prompts that the last method selected first, as text.
+Prints  a table: method, phase, prompts selected, selection seconds, training seconds, accuracies at the end
+        of the phase (greedy decoding, then the mean of the samples in brackets); by both measures, how many
+        steps each method needs to the smoothed accuracy on the first test set at which full data ends; and
+        the prompts that the last method selected first, as text.
 
     python plot.py runs/toy/full runs/toy/cropi --out runs/toy
 """
@@ -118,7 +119,7 @@ def evaluated(runs):
 
 
 def plot_accuracy(runs, path):
-    """One row per test set, columns for steps, seconds and sampled tokens, one line per method."""
+    """One row per test set, columns for steps, seconds and sampled tokens, two lines per method."""
     tests = evaluated(runs)
     methods = {}
     for run in runs:
@@ -216,8 +217,10 @@ def plot_selected(runs, path):
 
 def print_table(runs):
     tests = evaluated(runs)
+    if tests:
+        print("\nAccuracies: greedy decoding (mean of the samples)", end="")
     print(f"\n{'method':<13}{'phase':>5}{'selected':>10}{'selection s':>13}{'training s':>12}"
-          + "".join(f"{test:>14}" for test in tests))
+          + "".join(f"{test:>16}" for test in tests))
     for run in runs:
         method, phases = run["method"], run["phases"]
         if evaluated([run]):
@@ -233,24 +236,28 @@ def print_table(runs):
 
 
 def accuracies(row, tests):
-    """The accuracy on each test set in a row of metrics.jsonl, as text; blank where it was not evaluated."""
-    found = row.get("eval", {})
-    return "".join(f"{found[test]['mean']:>14.3f}" if test in found else " " * 14 for test in tests)
+    """The accuracies on each test set in a row of metrics.jsonl, as text; blank where there are none."""
+    text = ""
+    for test in tests:
+        found = row.get("eval", {}).get(test)
+        text += f"{found['greedy']:>8.3f} ({found['mean']:.3f})" if found else " " * 16
+    return text
 
 
 def print_headline(runs):
-    """Steps and seconds to the smoothed final accuracy of full data, on the first test set."""
+    """Steps and seconds to full data's smoothed final accuracy on the first test set, by both measures."""
     curves = {run["method"]: curve(run) for run in runs if evaluated([run])}
     if "full" not in curves:
         return
     test = next(iter(curves["full"][1]))
     curves = {method: (x, tests) for method, (x, tests) in curves.items() if test in tests}
-    level = smoothed(curves["full"][1][test][0])[-1]
-    print(f"\nFull data ends at {level:.3f} on {test} (smoothed). To reach it:")
-    for method, (x, tests) in curves.items():
-        steps, seconds = (crossing(axis, smoothed(tests[test][0]), level) for axis in x[:2])
-        reached = f"{steps:.0f} steps, {seconds:.0f} s" if np.isfinite(steps) else "not reached"
-        print(f"{method:<13} {reached}")
+    for place, measure in ((1, "greedy decoding"), (0, "the mean of the samples")):
+        level = smoothed(curves["full"][1][test][place])[-1]
+        print(f"\nBy {measure} full data ends at {level:.3f} on {test} (smoothed). To reach it:")
+        for method, (x, tests) in curves.items():
+            steps, seconds = (crossing(axis, smoothed(tests[test][place]), level) for axis in x[:2])
+            reached = f"{steps:.0f} steps, {seconds:.0f} s" if np.isfinite(steps) else "not reached"
+            print(f"{method:<13} {reached}")
 
 
 def print_prompts(folder, run):
