@@ -5,6 +5,7 @@
 #
 #   bash experiments/protocol2.sh              resumable; JOBS=2 seeds side by side, one thread each
 #   SEEDS="0 1" bash experiments/protocol2.sh
+#   MAIN=1 bash experiments/protocol2.sh       the six main methods only
 #
 # Run nothing else on the machine: seconds are compared.
 set -euo pipefail
@@ -42,7 +43,7 @@ seed() { # SEED
     run influence influence
     run dynamic cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 DYNAMIC=1
     run dapo dapo
-    [ "$SEED" -lt 4 ] || return 0
+    [ "$SEED" -lt 4 ] && [ -z "${MAIN:-}" ] || return 0
     run responses cropi RESPONSES=2
     run candidates cropi CANDIDATES=1/4
     run momentum cropi MOMENTUM=0.5

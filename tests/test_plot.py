@@ -61,4 +61,5 @@ def test_runs_with_other_test_sets(write_run, capsys, tmp_path):
     out = show([full, other], capsys)
     assert re.search(r"cropi +0 +2 +8\.0 +40\.0\n", out) and "gsm8k" not in out and "0.700" not in out
     assert "cropi" not in out.partition("By greedy decoding")[2]
-    assert plot.plot_accuracy([plot.read_run(folder) for folder in (full, other)], tmp_path / "a.png").exists()
+    runs = [plot.read_run(folder) for folder in (full, other)]
+    assert plot.plot_accuracy(runs, tmp_path / "a.png").exists()
