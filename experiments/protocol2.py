@@ -22,11 +22,14 @@ import numpy as np
 from acceleration import AXES, RESULTS, evaluate
 
 MEASURES = {"greedy": "greedy", "sampled": "accuracy"}  # their names in the stored runs
-PAIRS = (("influence", "full"), ("economical", "cropi"), ("dynamic", "economical"))
+PAIRS = (("influence", "full"), ("economical", "cropi"), ("dynamic", "economical"), ("cheap", "cropi"),
+         ("allfirst", "cropi"), ("allfirst", "economical"))
 ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "economical": "economical CROPI", "dynamic": "economical CROPI, DYNAMIC=1",
         "dapo": "DAPO", "responses": "CROPI, RESPONSES=2", "candidates": "CROPI, CANDIDATES=1/4",
-        "momentum": "CROPI, MOMENTUM=0.5", "k4": "CROPI, K=4", "random": "random",
+        "momentum": "CROPI, MOMENTUM=0.5",
+        "cheap": "CROPI, RESPONSES=2 MOMENTUM=0.5",
+        "allfirst": "economical CROPI, all prompts in phase 0", "k4": "CROPI, K=4", "random": "random",
         "passrate": "pass rate", "learnability": "learnability"}  # in this order
 BASELINES = ("full", "influence", "dapo", "random", "passrate", "learnability")  # of claim 3
 DRAWN = {"full": "#34495e", "influence": "#e59866", "cropi": "#c0392b", "economical": "#2980b9"}

@@ -48,6 +48,8 @@ seed() { # SEED
     run candidates cropi CANDIDATES=1/4
     run momentum cropi MOMENTUM=0.5
     run k4 cropi K=4
+    run cheap cropi RESPONSES=2 MOMENTUM=0.5
+    run allfirst cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 SKETCH="bash experiments/all_first.sh"
     for method in random passrate learnability; do
         run "$method" "$method"
     done
