@@ -2,11 +2,12 @@
 
     time = collection + phases x selection + steps x step
 
-For the toy, the parts are those of protocol 2's runs (experiments/protocol2.sh), mean over the seeds; steps
-are the median over the seeds of what a method needs to full data's final accuracy, by greedy decoding and by
-the sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of presets/qwen2.5-1.5b.sh (H100 hours;
-nothing of it was run) and the steps are the paper's: about 1,750 of full data and 660 of CROPI to the same
-accuracy. That economical CROPI needs the same 660 steps is an assumption.
+For the toy, the parts are those of protocol 2's runs (experiments/protocol2.sh), mean over the seeds that all
+four methods have; steps are the median over them of what a method needs to full data's final accuracy, by
+greedy decoding and by the sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of
+presets/qwen2.5-1.5b.sh (H100 hours; nothing of it was run) and the steps are the paper's: about 1,750 of full
+data and 660 of CROPI to the same accuracy. That the cheaper selections need the same 660 steps is an
+assumption.
 
     python experiments/cost_model.py        writes experiments/results/cost_model.json and cost_model.png
 """
@@ -24,20 +25,22 @@ from acceleration import RESULTS
 from plot import crossing, smoothed
 from protocol2 import MEASURES, ROWS, load
 
-METHODS = ("full", "cropi", "economical")
+METHODS = ("full", "cropi", "responses", "economical")
 PARTS = {"collection": "#95a5a6", "selection": "#c0392b", "training": "#34495e"}
 
 # GPU hours, as in the header of presets/qwen2.5-1.5b.sh
 HOUR = 3600
 PASS = 6 * 1.54e9  # FLOP per token, forward and backward; with a reference's forward pass 8/6 of it
 TRAIN = 35_750 * (8 * 500 + 100)  # tokens of the train prompts with a gradient, in one phase
-CHEAP = 35_750 / 4 * (2 * 500 + 100)  # the same with RESPONSES=2 CANDIDATES=1/4
+TWO = 35_750 * (2 * 500 + 100)  # the same with RESPONSES=2
+CHEAP = TWO / 4  # and with CANDIDATES=1/4 as well
 VALIDATION = 200 * (32 * 500 + 100)
 COLLECTION = 59_588 * 8 * 500 / 15_000 / HOUR
-SELECTION = (TRAIN + VALIDATION) * PASS / 2.5e14 / HOUR
-CHEAP_SELECTION = (CHEAP + VALIDATION) * PASS / 2.5e14 / HOUR
+SELECTION, TWO_SELECTION, CHEAP_SELECTION = (
+    (train + VALIDATION) * PASS / 2.5e14 / HOUR for train in (TRAIN, TWO, CHEAP))
 STEP = 128 * (8 * 500 / 15_000 + (8 * 500 + 100) * PASS * 8 / 6 / 3.5e14) / HOUR
 LARGE = {"full": (0, 0, 1750), "cropi": (COLLECTION, SELECTION, 660),
+         "responses": (COLLECTION, TWO_SELECTION, 660),
          "economical": (COLLECTION, CHEAP_SELECTION, 660)}  # collection, selection of a phase, steps
 
 
@@ -70,7 +73,7 @@ def toy(methods, measure):
 
 def main():
     methods = load()
-    seeds = sorted(set(methods["full"]) & set(methods["cropi"]) & set(methods["economical"]))
+    seeds = sorted(set.intersection(*(set(methods[name]) for name in METHODS)))
     methods = {name: {seed: methods[name][seed] for seed in seeds} for name in METHODS}
     panels = {f"toy, {measure} (seconds, measured)": toy(methods, measure) for measure in MEASURES}
     panels["Qwen2.5-1.5B (GPU hours, computed)"] = {
