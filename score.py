@@ -313,9 +313,8 @@ def report_trust(trusts, scores, selected):
         found["selected_positive"] = float((scores[selected, v] > 0).mean())
         print(f"{name}:", ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
         if found["effective_prompts"] < 10 or found["halves_cosine"] < 0.1:
-            print(f"score.py: warning: {name}: its mean gradient is unreliable, few prompts decide it or its "
-                  "halves disagree; use more prompts or responses, or --rho-max of sketch.py",
-                  file=sys.stderr)
+            print(f"score.py: warning: {name}: few prompts decide the mean gradient, or its halves disagree; "
+                  "use more prompts or responses, or --rho-max of sketch.py", file=sys.stderr)
 
 
 def write_scores(out, scores, trusts):

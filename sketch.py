@@ -276,8 +276,8 @@ def main():
 
 # ==== 2. Faster, same numbers ===============================================================================
 # One backward pass makes the gradients of many prompts, in micro-batches of at most --batch-tokens tokens.
-# Without it, sketch_prompt would make the same sketches, one prompt per pass. Only the economical selection
-# at its end, which is ours and off by default, makes other ones.
+# Without it, sketch_prompt would make the same sketches, one prompt per pass. Only the economical selection,
+# which is ours and off by default, makes other ones.
 
 Conv1D = transformers.pytorch_utils.Conv1D
 BATCHED = (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, Conv1D)  # and RMSNorm: layer_gradients

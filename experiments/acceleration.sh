@@ -18,16 +18,14 @@ export PYTHON OMP_NUM_THREADS=1 BASELINE= RESULTS=experiments/results/accelerati
 export LR=5e-5 PHASES=8 STEPS=20 # protocol 1's, also where the defaults of the toy change
 mkdir -p "$RUNS" "$RESULTS" experiments/results/reselection
 
-# world ARGUMENT...: makes the world $TOY of seed $SEED with these arguments of make_toy.py
-world() {
-    [ ! -e "$TOY/seconds.tsv" ] || return 0
-    "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --sft-steps 700 "$@"
-    printf 'world\t0\n' >"$TOY/seconds.tsv"
-}
-
-# run NAME METHOD: makes the run $RUN/METHOD with the environment's settings and stores its numbers
+# run NAME METHOD: makes the run $RUN/METHOD with the environment's settings and stores its numbers. WORLD has
+# further arguments of make_toy.py for its world $TOY.
 run() {
     [ ! -e "$RESULTS/$1.json" ] || return 0
+    if [ ! -e "$TOY/seconds.tsv" ]; then
+        "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --sft-steps 700 ${WORLD:-}
+        printf 'world\t0\n' >"$TOY/seconds.tsv"
+    fi
     METHOD=$2 bash run_cropi.sh >>"$RUNS/log-$(basename "$RUN").txt" 2>&1
     "$PYTHON" experiments/acceleration.py store "$RUN/$2" "$RESULTS/$1.json"
     echo "$(date +%H:%M) $1"
@@ -69,9 +67,8 @@ part() {
         for pair in "max rev" "uniq sum"; do
             read -r a b <<<"$pair"
             (
-                export RUN=$RUNS/$a-$b-$SEED TOY=$RUNS/$a-$b-$SEED/world TARGETED=$pair
+                export RUN=$RUNS/$a-$b-$SEED TOY=$RUNS/$a-$b-$SEED/world WORLD="--targeted $pair"
                 export VAL="$a=$TOY/val_$a.jsonl $b=$TOY/val_$b.jsonl"
-                world --targeted $pair
                 for method in full influence cropi; do run "$a-$b-$SEED-$method" "$method"; done
             )
         done
@@ -83,7 +80,7 @@ part() {
         for n in 60 100 430; do
             (
                 export RUN=$RUNS/pool-$n-$SEED TOY=$RUNS/pool-$n-$SEED/world
-                world --pool-targeted "$n"
+                export WORLD="--pool-targeted $n"
                 for method in influence cropi; do run "pool-$n-$SEED-$method" "$method"; done
             )
         done
@@ -98,7 +95,6 @@ part() {
 seed() {
     export SEED=$1 RUN=$RUNS/seed-$1 TOY=$RUNS/seed-$1/world
     local name
-    world
     for name in "${@:2}"; do
         case $name-$SEED in # the seeds of each part
         main-* | pilot-* | worlds-[01] | reselection-[0-2]) part "$name" ;;
@@ -106,7 +102,7 @@ seed() {
         esac
     done
 }
-export -f world run vary part seed
+export -f run vary part seed
 
 if [ "${1:-}" = pilot ]; then
     RUNS=runs/pilot RESULTS=experiments/results/pilot SEEDS="20 21"

@@ -76,7 +76,7 @@ def claims(result):
     def compared(one, other, place, test="targeted"):
         """The difference, and both ends of its interval."""
         found = result["differences"][f"{one} - {other}"][place][test]
-        half = found["half_width_95"] or np.inf
+        half = np.inf if found["half_width_95"] is None else found["half_width_95"]
         return found, found["mean"] - half, found["mean"] + half
 
     rivals = [name for name in BASELINES if name in result["seeds"]]

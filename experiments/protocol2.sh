@@ -21,6 +21,10 @@ unset K
 run() {
     local file=$RESULTS/$1-$SEED.json
     [ ! -e "$file" ] || return 0
+    if [ ! -e "$TOY/seconds.tsv" ]; then
+        "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --sft-steps 550
+        printf 'world\t0\n' >"$TOY/seconds.tsv"
+    fi
     (
         export RUN=$RUNS/$SEED/$1 METHOD=$2 "${@:3}"
         mkdir -p "$RUN" "$RUNS/$SEED/rollouts"
@@ -33,10 +37,6 @@ run() {
 
 seed() { # SEED
     export SEED=$1 TOY=$RUNS/$1/world
-    if [ ! -e "$TOY/seconds.tsv" ]; then
-        "$PYTHON" toy/make_toy.py --out "$TOY" --seed "$SEED" --sft-steps 550
-        printf 'world\t0\n' >"$TOY/seconds.tsv"
-    fi
     run full full
     run cropi cropi
     run economical cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4

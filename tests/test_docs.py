@@ -87,6 +87,11 @@ def test_reported_numbers():
         row, = [line for line in readme if line.startswith(f"| {start}")]
         for method in ("full", "influence", "cropi"):
             assert f"{result['final_accuracy'][test][method]['mean']:.3f}" in row
+    row, = [line for line in readme if line.startswith("| ALPHA=0.1")]
+    four = np.mean(result["final_accuracy"]["targeted"]["full"]["per_seed"][:4])
+    with_more = [result["final_accuracy"]["targeted"][f"{method} (alpha)"]["mean"]
+                 for method in ("influence", "cropi")]
+    assert re.findall(r"\d\.\d{3}", row)[1:] == [f"{value:.3f}" for value in (four, *with_more)]
     for axis, start in (("step", "speed-up in GRPO steps"), ("wall", "speed-up in seconds")):
         row, = [line for line in readme if line.startswith(f"| {start}")]
         for method in ("influence", "cropi"):

@@ -63,3 +63,9 @@ def test_runs_with_other_test_sets(write_run, capsys, tmp_path):
     assert "cropi" not in out.partition("By greedy decoding")[2]
     runs = [plot.read_run(folder) for folder in (full, other)]
     assert plot.plot_accuracy(runs, tmp_path / "a.png").exists()
+
+
+def test_evaluation_at_temperature_zero(write_run, capsys):
+    """Samples and greedy decoding are the same then: one headline."""
+    out = show([write_run("full", [0.0, 0.5, 0.5], [0.0, 0.5, 0.5])], capsys)
+    assert out.count("To reach it") == 1 and "By greedy decoding full data ends at 0.500" in out
