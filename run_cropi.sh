@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the whole CROPI loop: collect rollouts once; then, in each phase, sketch, score and train.
 #
-#   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 7 to 14 minutes
+#   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 15 minutes
 #   METHOD=learnability bash run_cropi.sh       another selection method in the same loop
 #   STEPS=0 bash run_cropi.sh                   selects prompts once and trains nothing
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh

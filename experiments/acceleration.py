@@ -1,7 +1,7 @@
 """Evaluates the runs of experiments/acceleration.sh by the protocol of experiments/README.md.
 
 store RUN FILE    saves a finished run's numbers: settings, evaluations (steps, seconds, tokens, accuracies),
-                  the cost and the properties of each selection, the trust in the validation means and the
+                  the seconds and the properties of each selection, the trust in the validation means and the
                   mean cosine of targeted prompts, selected before or not. acceleration.sh calls it.
 pilot             reads experiments/results/pilot/*.json; prints by which score c was chosen.
 (nothing)         reads experiments/results/acceleration/*.json; writes acceleration.json and acceleration.png
@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments/results"
 sys.path.insert(0, str(ROOT))
 import plot
-from cost import phase_costs
 from plot import crossing, smoothed
 from selection import properties, selected_properties
 
@@ -78,7 +77,6 @@ def store(folder, path):
               "transformers": transformers.__version__, "threads": torch.get_num_threads(),
               **dict(zip(AXES, x.round(2).tolist())), "collection": round(run["collection"], 2),
               "selection": [phase["selection"] for phase in run["phases"]],
-              "cost": phase_costs(folder) if folder.name == "cropi" else None,
               "pool": properties(rollouts, np.arange(len(targeted)), names),
               "selected": selected_properties(rollouts, [p["selected"] for p in run["phases"]], names),
               "trust": trusts, "cosines": cosines,

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs every measurement and redraws every figure. Runs whose numbers are in experiments/results/ are not made
 # again; but off_policy.py needs the main runs' folders in runs/acceleration. So in a fresh clone first
-#   rm -r experiments/results/{acceleration,reselection,smollm2}
-# and plan half a day on two CPU cores. Run it again to resume after an interruption (finished commands are
+#   rm -r experiments/results/{protocol2,acceleration,reselection,smollm2}
+# and plan a day on two CPU cores. Run it again to resume after an interruption (finished commands are
 # recorded in runs/done). Most scripts can redraw their figure alone from the stored numbers; see their
 # docstrings.
 #
@@ -26,14 +26,15 @@ once() { # COMMAND...: runs it unless an earlier run of it succeeded
 }
 
 once bash run_cropi.sh
+once bash experiments/protocol2.sh
+once "$PYTHON" experiments/protocol2.py
+once "$PYTHON" experiments/cost_model.py
 once bash experiments/acceleration.sh pilot
 once bash experiments/acceleration.sh
 for seed in 0 1 2 3; do once "$PYTHON" experiments/off_policy.py "$seed"; done
 once "$PYTHON" experiments/off_policy.py
-once "$PYTHON" experiments/cost.py
 once "$PYTHON" experiments/selection.py
 once bash experiments/acceleration.sh reselection
-once "$PYTHON" experiments/sampler_speed.py
 once "$PYTHON" experiments/train_cost.py
 once bash experiments/smollm2.sh
 once "$PYTHON" experiments/sketch_cost.py

@@ -3,7 +3,8 @@
 Reads   experiments/results/protocol2/NAME-SEED.json; runs that are not there yet are left out.
 Writes  experiments/results/protocol2.json   for each measure, greedy and sampled (the mean at T = 1), what
                                              acceleration.json has: accelerations, accuracies at half and end,
-                                             paired differences with their 95% intervals
+                                             paired differences with their 95% intervals;
+                                             the base policy's accuracies; seconds of one phase
         experiments/results/protocol2.png    targeted accuracy against steps and against seconds
 Prints  a table for each measure, and the claims with their verdicts.
 
@@ -42,6 +43,16 @@ def load():
         name, _, seed = path.stem.rpartition("-")
         methods[name][int(seed)] = json.loads(path.read_text())
     return {name: runs for name, runs in methods.items() if runs}
+
+
+def one_phase(runs):
+    """Mean, lowest and highest seconds of selection and of training in a phase; of training the mean of a run."""
+    selection = np.array([run["selection"] for run in runs])  # [seeds, phases]
+    training = [(run["seconds"][-1] - run["collection"] - sum(run["selection"])) / len(run["selection"])
+                for run in runs]
+    return {name: {"mean": round(float(np.mean(values)), 2), "min": round(float(np.min(values)), 2),
+                   "max": round(float(np.max(values)), 2)}
+            for name, values in (("selection", selection), ("training", np.array(training)))}
 
 
 def table(result):
@@ -147,14 +158,18 @@ def main():
     results = {"command": "bash experiments/protocol2.sh"}
     for measure, stored in MEASURES.items():
         results[measure] = evaluate(methods, measure=stored, pairs=PAIRS)
-        base = {test: np.mean([run[stored][test][0] for run in methods["full"].values()])
+        base = {test: round(float(np.mean([run[stored][test][0] for run in methods["full"].values()])), 4)
                 for test in ("targeted", "related", "other")}
+        results[measure]["base_accuracy"] = base
         print(f"\n{measure}; base policy:", ", ".join(f"{test} {value:.3f}" for test, value in base.items()))
         print("\n".join(table(results[measure])))
         for pair, places in results[measure]["differences"].items():
             for place, tests in places.items():
                 print(f"{pair}, {place}:", ", ".join(f"{t} {plus_minus(d)}" for t, d in tests.items()))
     print("", *claims_table(results), sep="\n")
+    results["seconds_of_one_phase"] = {name: one_phase(list(runs.values())) for name, runs in methods.items()}
+    for name, found in results["seconds_of_one_phase"].items():
+        print(f"{name}, seconds of a phase: {found}")
     (RESULTS / "protocol2.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(methods, RESULTS / "protocol2.png")
 

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 LETTERS = "abcdefgh"
 MISTAKES = 0.5  # share of the base policy's training answers that show the family's typical mistake
-SFT_STEPS, SFT_BATCH, SFT_LR = 700, 96, 1e-3
+SFT_STEPS, SFT_BATCH, SFT_LR = 550, 96, 1e-3
 SIZES = {"targeted": 200, "other": 440, "val": 100, "test": 200}  # prompts
 
 
