@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from acceleration import AXES, RESULTS, evaluate
+from acceleration import AXES, RESULTS, TESTS, evaluate
 
 MEASURES = {"greedy": "greedy", "sampled": "accuracy"}  # their names in the stored runs
 PAIRS = (("influence", "full"), ("economical", "cropi"), ("dynamic", "economical"), ("cheap", "cropi"),
@@ -32,6 +32,10 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "cheap": "CROPI, RESPONSES=2 MOMENTUM=0.5",
         "allfirst": "economical CROPI, all prompts in phase 0", "k4": "CROPI, K=4", "random": "random",
         "passrate": "pass rate", "learnability": "learnability"}  # in this order
+SUMMARY = {"base": "base policy", "full": "full data (`METHOD=full`)",
+           "influence": "influence once (`METHOD=influence`)", "cropi": "**CROPI**",
+           "responses": "CROPI with `RESPONSES=2`, seeds 0 to 3",
+           "economical": "CROPI with `RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4`"}  # README's rows
 BASELINES = ("full", "influence", "dapo", "random", "passrate", "learnability")  # of claim 3
 DRAWN = {"full": "#34495e", "influence": "#e59866", "cropi": "#c0392b", "economical": "#2980b9"}
 
@@ -46,7 +50,7 @@ def load():
 
 
 def one_phase(runs):
-    """Mean, lowest and highest seconds of selection and of training in a phase; of training the mean of a run."""
+    """Mean, lowest and highest seconds of selection and of training in a phase (of training a run's mean)."""
     selection = np.array([run["selection"] for run in runs])  # [seeds, phases]
     training = [(run["seconds"][-1] - run["collection"] - sum(run["selection"])) / len(run["selection"])
                 for run in runs]
@@ -61,7 +65,7 @@ def table(result):
                "CROPI minus it, same seeds", "related", "other", "speed-up in steps", "tokens", "seconds")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, seeds in result["seeds"].items():
-        final = {test: result["final_accuracy"][test][name] for test in ("targeted", "related", "other")}
+        final = {test: result["final_accuracy"][test][name] for test in TESTS}
         each = ", ".join(f"{value:.3f}" for value in final["targeted"]["per_seed"])
         difference = ""
         if f"cropi - {name}" in result["differences"]:
@@ -74,6 +78,26 @@ def table(result):
             cells.append(f"{median:.2f}" if median else "never")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def summary(results):
+    """README's table, a row per method: greedy (sampled). Accuracies at the end; medians of speed-ups."""
+    columns = ("method", *TESTS, "speed-up in GRPO steps", "in seconds")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, label in SUMMARY.items():
+        both = [summary_row(results[measure], name) for measure in MEASURES]
+        cells = [f"{greedy} ({sampled})" for greedy, sampled in zip(*both)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def summary_row(result, name):
+    """A method's accuracies and speed-ups by one measure, as text."""
+    if name == "base":
+        return [f"{result['base_accuracy'][test]:.3f}" for test in TESTS]
+    accuracies = [f"{result['final_accuracy'][test][name]['mean']:.3f}" for test in TESTS]
+    speed_ups = [result[f"{axis}_acceleration"][name]["median"] for axis in ("step", "wall")]
+    return accuracies + [f"{value:.2f}x" for value in speed_ups]
 
 
 def claims(result):
@@ -159,7 +183,7 @@ def main():
     for measure, stored in MEASURES.items():
         results[measure] = evaluate(methods, measure=stored, pairs=PAIRS)
         base = {test: round(float(np.mean([run[stored][test][0] for run in methods["full"].values()])), 4)
-                for test in ("targeted", "related", "other")}
+                for test in TESTS}
         results[measure]["base_accuracy"] = base
         print(f"\n{measure}; base policy:", ", ".join(f"{test} {value:.3f}" for test, value in base.items()))
         print("\n".join(table(results[measure])))
@@ -167,6 +191,7 @@ def main():
             for place, tests in places.items():
                 print(f"{pair}, {place}:", ", ".join(f"{t} {plus_minus(d)}" for t, d in tests.items()))
     print("", *claims_table(results), sep="\n")
+    print("", *summary(results), sep="\n")
     results["seconds_of_one_phase"] = {name: one_phase(list(runs.values())) for name, runs in methods.items()}
     for name, found in results["seconds_of_one_phase"].items():
         print(f"{name}, seconds of a phase: {found}")

@@ -1,6 +1,6 @@
 """Claim 3, what is selected: by phase, in the toy world.
 
-For each phase of CROPI (experiments/acceleration.sh, all seeds) and for the pool: the share of prompts from
+For each phase of CROPI (experiments/protocol2.sh, all seeds) and for the pool: the share of prompts from
 the targeted families; the mean pass rate under the base policy; the entropy of its responses (mean of -log
 beta over the tokens of a prompt's K responses, nats per token); the share of a phase's selection that the
 previous phase selected, too.
@@ -68,9 +68,9 @@ def draw(runs, path):
 
 def main():
     runs = []
-    for path in sorted((RESULTS / "acceleration").glob("seed-*-cropi.json")):
+    for path in sorted((RESULTS / "protocol2").glob("cropi-*.json")):
         stored = json.loads(path.read_text())
-        seed = path.stem.rsplit("-", 1)[0]
+        seed = path.stem.replace("cropi", "seed")
         runs.append({"seed": seed, "pool": stored["pool"], "phases": stored["selected"]})
     result = {"command": "python experiments/selection.py", "runs": runs}
     (RESULTS / "selection.json").write_text(json.dumps(result, indent=1) + "\n")
