@@ -2,8 +2,7 @@
 
     time = collection + phases x selection + steps x step
 
-For the toy, the parts are those of protocol 2's runs (experiments/protocol2.sh), mean over the seeds that all
-four methods have; steps are the median over them of what a method needs to full data's final accuracy, by
+For the toy, the parts are those of protocol 2's main runs (experiments/protocol2.sh), mean over the seeds; steps are the median over them of what a method needs to full data's final accuracy, by
 greedy decoding and by the sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of
 presets/qwen2.5-1.5b.sh (H100 hours; nothing of it was run) and the steps are the paper's: about 1,750 of full
 data and 660 of CROPI to the same accuracy. That the cheaper selections need the same 660 steps is an
@@ -25,7 +24,7 @@ from acceleration import RESULTS
 from plot import crossing, smoothed
 from protocol2 import MEASURES, ROWS, load
 
-METHODS = ("full", "cropi", "responses", "economical")
+METHODS = ("full", "influence", "cropi", "economical")
 PARTS = {"collection": "#95a5a6", "selection": "#c0392b", "training": "#34495e"}
 
 # GPU hours, as in the header of presets/qwen2.5-1.5b.sh
@@ -68,22 +67,22 @@ def toy(methods, measure):
                 [run["collection"] for run in runs.values()],
                 [np.mean(run["selection"]) for run in runs.values()], step)]
             result[name] = {"steps": float(np.median(steps)), **time_of(*mean, float(np.median(steps)), 40)}
+            if name == "influence":  # it selects once
+                result[name]["selection"] = float(np.mean([sum(run["selection"]) for run in runs.values()]))
     return result
 
 
 def main():
     methods = load()
-    seeds = sorted(set.intersection(*(set(methods[name]) for name in METHODS)))
-    methods = {name: {seed: methods[name][seed] for seed in seeds} for name in METHODS}
     panels = {f"toy, {measure} (seconds, measured)": toy(methods, measure) for measure in MEASURES}
     panels["Qwen2.5-1.5B (GPU hours, computed)"] = {
         name: {"steps": steps, **time_of(collection, selection, STEP, steps, 100)}
         for name, (collection, selection, steps) in LARGE.items()}
-    (RESULTS / "cost_model.json").write_text(json.dumps({"seeds": seeds, **panels}, indent=1) + "\n")
+    (RESULTS / "cost_model.json").write_text(json.dumps({"seeds": list(methods["full"]), **panels}, indent=1) + "\n")
 
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 2.6))
     for axis, (title, panel) in zip(axes, panels.items()):
-        for row, name in enumerate(METHODS):
+        for row, name in enumerate(panel):
             left = 0
             for part, color in PARTS.items():
                 width = panel[name][part] if panel[name] else 0
@@ -91,7 +90,7 @@ def main():
                 left += width
             axis.text(left, row, f" {left:.3g}" if left else " not reached", va="center", fontsize=8)
             print(f"{title}: {ROWS[name]}: {left:.3g}", panel[name])
-        axis.set_yticks(range(len(METHODS)), [ROWS[name] for name in METHODS], fontsize=8)
+        axis.set_yticks(range(len(panel)), [ROWS[name] for name in panel], fontsize=8)
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_title(title, fontsize=9)

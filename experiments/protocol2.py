@@ -1,12 +1,14 @@
 """Evaluates the runs of experiments/protocol2.sh by protocol 2 of experiments/README.md.
 
-Reads   experiments/results/protocol2/NAME-SEED.json; runs that are not there yet are left out.
-Writes  experiments/results/protocol2.json   for each measure, greedy and sampled (the mean at T = 1), what
-                                             acceleration.json has: accelerations, accuracies at half and end,
-                                             paired differences with their 95% intervals;
-                                             the base policy's accuracies; seconds of one phase
+Reads   experiments/results/protocol2/NAME-SEED.json, the main methods, and protocol2_extras/NAME-SEED.json.
+        Methods are compared within one of the two folders, where all runs of a seed began with one policy.
+Writes  experiments/results/protocol2.json   for "main" and "extras", and each measure, greedy and sampled
+                                             (the mean at T = 1), what acceleration.json has: accelerations,
+                                             accuracies at half and end, paired differences with their 95%
+                                             intervals; accuracies of the base policy; seconds of one phase;
+                                             differences in accuracy after equal seconds
         experiments/results/protocol2.png    targeted accuracy against steps and against seconds
-Prints  a table for each measure, and the claims with their verdicts.
+Prints  these tables, and the claims with their verdicts.
 
     bash experiments/protocol2.sh
     python experiments/protocol2.py
@@ -20,7 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from acceleration import AXES, RESULTS, TESTS, evaluate
+from acceleration import AXES, RESULTS, TESTS, evaluate, interval
+from plot import smoothed
 
 MEASURES = {"greedy": "greedy", "sampled": "accuracy"}  # their names in the stored runs
 ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
@@ -32,7 +35,6 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "passrate": "pass rate", "learnability": "learnability"}  # in this order
 SUMMARY = {"base": "base policy", "full": "full data (`METHOD=full`)",
            "influence": "influence once (`METHOD=influence`)", "cropi": "**CROPI**",
-           "responses": "CROPI with `RESPONSES=2`, seeds 0 to 3",
            "economical": "CROPI with `RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4`"}  # README's rows
 ECONOMIES = {"responses": "RESPONSES=2", "candidates": "CANDIDATES=1/4", "momentum": "MOMENTUM=0.5",
              "cheap": "RESPONSES=2 MOMENTUM=0.5",
@@ -40,16 +42,22 @@ ECONOMIES = {"responses": "RESPONSES=2", "candidates": "CANDIDATES=1/4", "moment
              "allfirst": "the same, all prompts sketched in phase 0", "k4": "K=4"}
 PAIRS = (("influence", "full"), ("dynamic", "economical"), ("allfirst", "economical"),
          *((name, "cropi") for name in ECONOMIES))
-BASELINES = ("full", "influence", "dapo", "random", "passrate", "learnability")  # of claim 3
+BASELINES = {"main": ("full", "influence", "dapo"),
+             "extras": ("random", "passrate", "learnability")}  # of claim 3
 DRAWN = {"full": "#34495e", "influence": "#e59866", "cropi": "#c0392b", "economical": "#2980b9"}
 
 
-def load():
-    """{method: {seed: stored run}}, in the order of ROWS."""
+def load(part="main"):
+    """{method: {seed: stored run}}, in the order of ROWS. part: main or extras."""
     methods = {name: {} for name in ROWS}
-    for path in sorted((RESULTS / "protocol2").glob("*.json")):
+    folder = RESULTS / ("protocol2" if part == "main" else "protocol2_extras")
+    for path in sorted(folder.glob("*.json")):
         name, _, seed = path.stem.rpartition("-")
-        methods[name][int(seed)] = json.loads(path.read_text())
+        methods[name][int(seed)] = run = json.loads(path.read_text())
+        full = json.loads((folder / f"full-{seed}.json").read_text())
+        if run["base_policy"] != full["base_policy"]:
+            raise SystemExit(f"{path}: found base policy {run['base_policy']}; expected full data's of this "
+                             f"seed, {full['base_policy']}; make all runs of a seed on one machine")
     return {name: runs for name, runs in methods.items() if runs}
 
 
@@ -61,6 +69,19 @@ def one_phase(runs):
     return {name: {"mean": round(float(np.mean(values)), 2), "min": round(float(np.min(values)), 2),
                    "max": round(float(np.max(values)), 2)}
             for name, values in (("selection", selection), ("training", np.array(training)))}
+
+
+def after_equal_seconds(methods, measure, one, other):
+    """Difference in smoothed targeted accuracy when as many seconds have passed as full data's run takes."""
+    differences = []
+    for seed in sorted(set(methods[one]) & set(methods[other])):
+        end = methods["full"][seed]["seconds"][-1]
+        values = []
+        for run in (methods[one][seed], methods[other][seed]):
+            curve = smoothed(run[measure]["targeted"])
+            values.append(np.interp(end, run["seconds"], curve))
+        differences.append(values[0] - values[1])
+    return interval(differences)
 
 
 def table(result):
@@ -104,61 +125,69 @@ def summary_row(result, name):
     return accuracies + [f"{value:.2f}x" for value in speed_ups]
 
 
-def economy_table(results):
+def economy_table(parts):
     """Lines of a Markdown table: what a cheaper selection saves, and what it loses on the same seeds."""
-    columns = ("CROPI with", "seeds", "selection, seconds per phase", "selected prompts that are targeted",
+    columns = ("CROPI with", "seeds", "selection, of CROPI's seconds", "selected prompts that are targeted",
                "greedy minus CROPI, step 140; 280", "sampled minus CROPI, step 140; 280",
                "not worse than CROPI: greedy; sampled")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name in ("cropi", *ECONOMIES):
-        if name not in results["targeted_share"]:
+    for name, label in ECONOMIES.items():
+        results = parts["main" if name == "economical" else "extras"]
+        if name not in results["seconds_of_one_phase"]:
             continue
-        cells = [ECONOMIES.get(name, "the defaults"), str(len(results["greedy"]["seeds"][name])),
-                 f"{results['seconds_of_one_phase'][name]['selection']['mean']:.1f}",
-                 f"{results['targeted_share'][name]:.2f}"]
-        if name != "cropi":
-            verdicts = []
-            for measure in MEASURES:
-                found = results[measure]["differences"][f"{name} - cropi"]
-                found = [found[place]["targeted"] for place in ("half", "final")]
-                cells.append("; ".join(plus_minus(difference) for difference in found))
-                verdicts.append(not_worse(found))
-            cells.append("; ".join(verdicts))
+        seconds, whole = (results["seconds_of_one_phase"][of]["selection"]["mean"] for of in (name, "cropi"))
+        seeds = results["greedy"]["seeds"][name]
+        cells = [label, f"{min(seeds)} to {max(seeds)}", f"{seconds / whole:.2f}",
+                 f"{results['targeted_share'][name]:.2f} (CROPI {results['targeted_share']['cropi']:.2f})"]
+        verdicts = []
+        for measure in MEASURES:
+            found = results[measure]["differences"][f"{name} - cropi"]
+            found = [found[place]["targeted"] for place in ("half", "final")]
+            cells.append("; ".join(plus_minus(difference) for difference in found))
+            verdicts.append(not_worse(found))
+        cells.append("; ".join(verdicts))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def not_worse(differences):
     """The verdict of claim 7 for a method's differences from CROPI at half and at the end."""
-    lower = [interval(found)[0] for found in differences]
-    upper = [interval(found)[1] for found in differences]
+    lower = [ends(found)[0] for found in differences]
+    upper = [ends(found)[1] for found in differences]
     return verdict(min(lower) > -0.02, min(upper) < 0)
 
 
-def interval(difference):
+def ends(difference):
     """Both ends of a difference's 95% interval, which is infinite for one seed."""
     half = difference["half_width_95"]
     half = np.inf if half is None else half
     return difference["mean"] - half, difference["mean"] + half
 
 
-def claims(result):
-    """[(claim, the numbers that decide it, verdict)] of one measure, by the rules of the protocol."""
-    def speed_up(axis, name, paper):
-        found = result[f"{axis}_acceleration"][name]
-        each = found["per_seed"]
-        return (f"{found['median']:.2f} ({min(each):.2f} to {max(each):.2f})",
-                verdict(found["median"] >= paper, found["median"] < 1))
+def claims(main, extras=None):
+    """[(claim, the numbers that decide it, verdict)] of one measure, by the rules of the protocol.
 
-    def compared(one, other, place, test="targeted"):
+    main, extras: this measure's results of the two parts; without extras claim 3 compares with fewer methods.
+    """
+    def speed_up(axis, name, paper):
+        found = main[f"{axis}_acceleration"][name]
+        each = found["per_seed"]
+        holds = verdict(found["median"] >= paper, found["median"] < 1, between="in direction")
+        return f"{found['median']:.2f} ({min(each):.2f} to {max(each):.2f})", holds
+
+    def compared(one, other, place, test="targeted", result=main):
         """The difference, and both ends of its interval."""
         found = result["differences"][f"{one} - {other}"][place][test]
-        return found, *interval(found)
+        return found, *ends(found)
 
-    rivals = [name for name in BASELINES if name in result["seeds"]]
-    against = {name: [compared("cropi", name, place) for place in ("half", "final")] for name in rivals}
-    nearest = min(rivals, key=lambda name: against[name][1][0]["mean"])
-    best = (f"next at the end: {ROWS[nearest]}, {plus_minus(against[nearest][1][0])}",
+    against = {}
+    for part, result in (("main", main), ("extras", extras)):
+        for name in BASELINES[part]:
+            if result and name in result["seeds"]:
+                against[name] = [compared("cropi", name, place, result=result) for place in ("half", "final")]
+    nearest = [min(against, key=lambda name: against[name][i][0]["mean"]) for i in range(2)]
+    best = [f"{ROWS[name]}, {plus_minus(against[name][i][0])}" for i, name in enumerate(nearest)]
+    best = (f"the next: {best[0]} (half); {best[1]}",
             verdict(all(found["mean"] > 0 for of in against.values() for found, _, _ in of),
                     any(high < 0 for of in against.values() for _, _, high in of)))
     again, again_low, again_high = compared("cropi", "influence", "final")
@@ -174,20 +203,21 @@ def claims(result):
         ("5. influence once does not beat full data", plus_minus(once), verdict(once_low <= 0, once_low > 0)),
         ("6. no loss on related tests", plus_minus(related), verdict(related_high >= 0, related_high < 0)),
         ("7. ours: economical CROPI is not worse than CROPI",
-         " (half), ".join(plus_minus(found) for found in cheap), not_worse(cheap)),
+         " (half); ".join(plus_minus(found) for found in cheap), not_worse(cheap)),
         ("8. ours: economical CROPI saves time: 2.16x", *speed_up("wall", "economical", 2.16))]
 
 
-def claims_table(results):
+def claims_table(parts):
     """Lines of a Markdown table: a row per claim, a column per measure."""
     lines = ["| claim | greedy | sampled |", "|---|---|---|"]
-    for greedy, sampled in zip(*(claims(results[measure]) for measure in MEASURES)):
+    both = [claims(*(parts[part][measure] for part in ("main", "extras"))) for measure in MEASURES]
+    for greedy, sampled in zip(*both):
         lines.append(f"| {greedy[0]} | {greedy[1]}: **{greedy[2]}** | {sampled[1]}: **{sampled[2]}** |")
     return lines
 
 
-def verdict(holds, fails):
-    return "holds" if holds else "does not hold" if fails else "undecided"
+def verdict(holds, fails, between="undecided"):
+    return "holds" if holds else "does not hold" if fails else between
 
 
 def plus_minus(difference):
@@ -217,31 +247,44 @@ def draw(methods, path):
     figure.savefig(path, dpi=130)
 
 
-def main():
-    methods = load()
-    results = {"command": "bash experiments/protocol2.sh"}
+def report(methods):
+    """The results of one part, from its {method: {seed: run}}; prints its tables."""
+    results = {}
     for measure, stored in MEASURES.items():
         results[measure] = evaluate(methods, measure=stored, pairs=PAIRS)
         base = {test: round(float(np.mean([run[stored][test][0] for run in methods["full"].values()])), 4)
                 for test in TESTS}
         results[measure]["base_accuracy"] = base
+        results[measure]["after_equal_seconds"] = {
+            f"cropi - {name}": after_equal_seconds(methods, stored, "cropi", name)
+            for name in methods if name != "cropi"}
         print(f"\n{measure}; base policy:", ", ".join(f"{test} {value:.3f}" for test, value in base.items()))
         print("\n".join(table(results[measure])))
         for pair, places in results[measure]["differences"].items():
             for place, tests in places.items():
                 print(f"{pair}, {place}:", ", ".join(f"{t} {plus_minus(d)}" for t, d in tests.items()))
-    print("", *claims_table(results), sep="\n")
-    print("", *summary(results), sep="\n")
+        for pair, found in results[measure]["after_equal_seconds"].items():
+            print(f"{pair}, after full data's seconds: {plus_minus(found)}")
     results["seconds_of_one_phase"] = {name: one_phase(list(runs.values())) for name, runs in methods.items()}
+    results["targeted_share"] = {}  # of the selected prompts, mean over the phases and seeds
+    for name, runs in methods.items():
+        phases = [phase["targeted"] for run in runs.values() for phase in run["selected"]]
+        results["targeted_share"][name] = round(float(np.mean(phases)), 3)
     for name, found in results["seconds_of_one_phase"].items():
         print(f"{name}, seconds of a phase: {found}")
-    results["targeted_share"] = {}  # of the selected prompts, mean over the phases and seeds
-    for name in [name for name in methods if name in ("cropi", *ECONOMIES)]:
-        phases = [phase["targeted"] for run in methods[name].values() for phase in run["selected"]]
-        results["targeted_share"][name] = round(float(np.mean(phases)), 3)
-    print("", *economy_table(results), sep="\n")
-    (RESULTS / "protocol2.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(methods, RESULTS / "protocol2.png")
+    return results
+
+
+def main():
+    parts = {}
+    for part in ("main", "extras"):
+        print(f"\n== {part} ==")
+        parts[part] = report(load(part))
+    for lines in (claims_table(parts), summary(parts["main"]), economy_table(parts)):
+        print("", *lines, sep="\n")
+    stored = {"command": "bash experiments/protocol2.sh", **parts}
+    (RESULTS / "protocol2.json").write_text(json.dumps(stored, indent=1) + "\n")
+    draw(load(), RESULTS / "protocol2.png")
 
 
 if __name__ == "__main__":

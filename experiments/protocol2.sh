@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
 # The runs of protocol 2 (experiments/README.md): a toy world in which greedy accuracy has to be earned, one
-# world per seed. The numbers of each finished run are written to experiments/results/protocol2/NAME-SEED.json at
-# once; runs that have such a file are not made again.
+# world per seed. The numbers of each finished run are written to experiments/results/protocol2/NAME-SEED.json
+# (extras: protocol2_extras/) at once; runs that have such a file are not made again.
 #
-#   bash experiments/protocol2.sh              resumable; JOBS=2 seeds side by side, one thread each
+#   bash experiments/protocol2.sh              the main methods, seeds 0 to 7; resumable; JOBS=2 seeds side by
+#                                              side, one thread each
+#   PART=extras bash experiments/protocol2.sh  further settings, with full data and CROPI beside them, seeds 0
+#                                              to 3
 #   SEEDS="0 1" bash experiments/protocol2.sh
-#   MAIN=1 bash experiments/protocol2.sh       the six main methods only
 #
-# Run nothing else on the machine: seconds are compared.
+# Another kind of CPU rounds differently, and makes another base policy from the same seed: make all runs of one
+# seed and part on one machine. Run nothing else on it: seconds are compared.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
 export PYTHON OMP_NUM_THREADS=1 BASELINE= LR=3e-5 PHASES=7 STEPS=40
-export RESULTS=experiments/results/protocol2 RUNS=runs/protocol2
+export PART=${PART:-main} RUNS=runs/protocol2 RESULTS=experiments/results/protocol2
+seeds="0 1 2 3 4 5 6 7"
+if [ "$PART" = extras ]; then
+    RESULTS=experiments/results/protocol2_extras
+    seeds="0 1 2 3"
+fi
 mkdir -p "$RUNS" "$RESULTS"
 unset K
 
@@ -37,22 +45,26 @@ run() {
 
 seed() { # SEED
     export SEED=$1 TOY=$RUNS/$1/world
-    run full full
-    run cropi cropi
-    run economical cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4
-    run influence influence
-    run dynamic cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 DYNAMIC=1
-    run dapo dapo
-    [ "$SEED" -lt 4 ] && [ -z "${MAIN:-}" ] || return 0
-    run responses cropi RESPONSES=2
+    if [ "$PART" = main ]; then
+        run full full
+        run cropi cropi
+        run economical cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4
+        run influence influence
+        run dynamic cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 DYNAMIC=1
+        run dapo dapo
+        return 0
+    fi
     run candidates cropi CANDIDATES=1/4
+    run cropi cropi
+    run full full
+    run allfirst cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 SKETCH="bash experiments/all_first.sh"
+    run responses cropi RESPONSES=2
+    run cheap cropi RESPONSES=2 MOMENTUM=0.5
     run momentum cropi MOMENTUM=0.5
     run k4 cropi K=4
-    run cheap cropi RESPONSES=2 MOMENTUM=0.5
-    run allfirst cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 SKETCH="bash experiments/all_first.sh"
-    for method in random passrate learnability; do
+    for method in learnability random passrate; do
         run "$method" "$method"
     done
 }
 export -f run seed
-printf '%s\n' ${SEEDS:-0 1 2 3 4 5 6 7} | xargs -P "${JOBS:-2}" -I {} bash -euo pipefail -c "seed {}"
+printf '%s\n' ${SEEDS:-$seeds} | xargs -P "${JOBS:-2}" -I {} bash -euo pipefail -c "seed {}"
