@@ -2,11 +2,11 @@
 
     time = collection + phases x selection + steps x step
 
-For the toy, the parts are those of protocol 2's main runs (experiments/protocol2.sh), mean over the seeds; steps are the median over them of what a method needs to full data's final accuracy, by
-greedy decoding and by the sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of
-presets/qwen2.5-1.5b.sh (H100 hours; nothing of it was run) and the steps are the paper's: about 1,750 of full
-data and 660 of CROPI to the same accuracy. That the cheaper selections need the same 660 steps is an
-assumption.
+For the toy, the parts are those of protocol 2's main runs (experiments/protocol2.sh), mean over the seeds;
+steps are the median over them of what a method needs to full data's final accuracy, by greedy decoding and by
+the sampled mean. For Qwen2.5-1.5B-Instruct the assumptions are those of presets/qwen2.5-1.5b.sh (H100 hours;
+nothing of it was run) and the steps are the paper's: about 1,750 of full data and 660 of CROPI to the same
+accuracy. That the cheaper selections need the same 660 steps is an assumption.
 
     python experiments/cost_model.py        writes experiments/results/cost_model.json and cost_model.png
 """
@@ -78,7 +78,8 @@ def main():
     panels["Qwen2.5-1.5B (GPU hours, computed)"] = {
         name: {"steps": steps, **time_of(collection, selection, STEP, steps, 100)}
         for name, (collection, selection, steps) in LARGE.items()}
-    (RESULTS / "cost_model.json").write_text(json.dumps({"seeds": list(methods["full"]), **panels}, indent=1) + "\n")
+    stored = {"seeds": list(methods["full"]), **panels}
+    (RESULTS / "cost_model.json").write_text(json.dumps(stored, indent=1) + "\n")
 
     figure, axes = plt.subplots(1, len(panels), figsize=(12, 2.6))
     for axis, (title, panel) in zip(axes, panels.items()):
