@@ -1,6 +1,7 @@
 """Evaluates the runs of experiments/protocol2.sh by protocol 2 of experiments/README.md.
 
-Reads   experiments/results/protocol2/NAME-SEED.json, the main methods, and protocol2_extras/NAME-SEED.json.
+Reads   experiments/results/protocol2/NAME-SEED.json, the main methods, and protocol2_extras/NAME-SEED.json,
+        the extras, if there are any.
         Methods are compared within one of the two folders, where all runs of a seed began with one policy.
 Writes  experiments/results/protocol2.json   for "main" and "extras", and each measure, greedy and sampled
                                              (the mean at T = 1), what acceleration.json has: accelerations,
@@ -132,8 +133,8 @@ def economy_table(parts):
                "not worse than CROPI: greedy; sampled")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, label in ECONOMIES.items():
-        results = parts["main" if name == "economical" else "extras"]
-        if name not in results["seconds_of_one_phase"]:
+        results = parts.get("main" if name == "economical" else "extras")
+        if results is None or name not in results["targeted_share"]:
             continue
         seconds, whole = (results["seconds_of_one_phase"][of]["selection"]["mean"] for of in (name, "cropi"))
         seeds = results["greedy"]["seeds"][name]
@@ -210,7 +211,7 @@ def claims(main, extras=None):
 def claims_table(parts):
     """Lines of a Markdown table: a row per claim, a column per measure."""
     lines = ["| claim | greedy | sampled |", "|---|---|---|"]
-    both = [claims(*(parts[part][measure] for part in ("main", "extras"))) for measure in MEASURES]
+    both = [claims(*(parts[part][measure] for part in parts)) for measure in MEASURES]  # main, and extras
     for greedy, sampled in zip(*both):
         lines.append(f"| {greedy[0]} | {greedy[1]}: **{greedy[2]}** | {sampled[1]}: **{sampled[2]}** |")
     return lines
@@ -278,8 +279,10 @@ def report(methods):
 def main():
     parts = {}
     for part in ("main", "extras"):
-        print(f"\n== {part} ==")
-        parts[part] = report(load(part))
+        methods = load(part)
+        if methods:
+            print(f"\n== {part} ==")
+            parts[part] = report(methods)
     for lines in (claims_table(parts), summary(parts["main"]), economy_table(parts)):
         print("", *lines, sep="\n")
     stored = {"command": "bash experiments/protocol2.sh", **parts}
