@@ -7,7 +7,7 @@
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh
 #                                               your own model and data (README.md)
 #   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh
-#                                               the paper's main experiment
+#                                               close to the paper's main experiment; never run
 #   DRY_RUN=1 bash run_cropi.sh                 prints the commands of a run; runs and writes nothing
 #
 # If a run was stopped or killed, the same command with the same settings resumes it. Relative paths in the

@@ -36,7 +36,8 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "passrate": "pass rate", "learnability": "learnability"}  # in this order
 SUMMARY = {"base": "base policy", "full": "full data (`METHOD=full`)",
            "influence": "influence once (`METHOD=influence`)", "cropi": "**CROPI**",
-           "economical": "CROPI with `RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4`"}  # README's rows
+           "dapo": "DAPO (`METHOD=dapo`), six seeds",
+           "economical": "economical CROPI (`RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4`)"}  # README's rows
 ECONOMIES = {"responses": "RESPONSES=2", "candidates": "CANDIDATES=1/4", "momentum": "MOMENTUM=0.5",
              "cheap": "RESPONSES=2 MOMENTUM=0.5",
              "economical": "RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 (economical)",
@@ -108,7 +109,7 @@ def table(result):
 
 def summary(results):
     """README's table, a row per method: greedy (sampled). Accuracies at the end; medians of speed-ups."""
-    columns = ("method", *TESTS, "speed-up in GRPO steps", "in seconds")
+    columns = ("method", *TESTS, "speed-up in GRPO steps", "in sampled tokens", "in seconds")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, label in SUMMARY.items():
         both = [summary_row(results[measure], name) for measure in MEASURES]
@@ -122,7 +123,7 @@ def summary_row(result, name):
     if name == "base":
         return [f"{result['base_accuracy'][test]:.3f}" for test in TESTS]
     accuracies = [f"{result['final_accuracy'][test][name]['mean']:.3f}" for test in TESTS]
-    speed_ups = [result[f"{axis}_acceleration"][name]["median"] for axis in ("step", "wall")]
+    speed_ups = [result[f"{axis}_acceleration"][name]["median"] for axis in ("step", "token", "wall")]
     return accuracies + [f"{value:.2f}x" for value in speed_ups]
 
 
@@ -187,8 +188,8 @@ def claims(main, extras=None):
             if result and name in result["seeds"]:
                 against[name] = [compared("cropi", name, place, result=result) for place in ("half", "final")]
     nearest = [min(against, key=lambda name: against[name][i][0]["mean"]) for i in range(2)]
-    best = [f"{ROWS[name]}, {plus_minus(against[name][i][0])}" for i, name in enumerate(nearest)]
-    best = (f"the next: {best[0]} (half); {best[1]}",
+    best = [f"{ROWS[name]} {plus_minus(against[name][i][0])}" for i, name in enumerate(nearest)]
+    best = (f"minus the next, half: {best[0]}; end: {best[1]}",
             verdict(all(found["mean"] > 0 for of in against.values() for found, _, _ in of),
                     any(high < 0 for of in against.values() for _, _, high in of)))
     again, again_low, again_high = compared("cropi", "influence", "final")

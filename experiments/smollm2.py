@@ -151,8 +151,8 @@ def survey(folder):
             found[f"{kind} {settings}"] = result = {
                 "different": len(tasks), "mean_reward": round(float(rewards.mean()), 3),
                 "unequal": round(float((rewards.std(1) > 0).float().mean()), 3),
-                "last_number": round(float(np.mean(last)), 3), "commonest_answer": round(common / len(few), 3),
-                "example": few[0]}
+                "last_number": round(float(np.mean(last)), 3),
+                "commonest_answer": round(common / len(few), 3), "example": few[0]}
             print(kind, settings, result)
     (RESULTS / "smollm2").mkdir(exist_ok=True)
     (RESULTS / "smollm2/survey.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-# The paper's main experiment: Qwen2.5-1.5B-Instruct on GSM8K, MATH and DeepScaleR (59,588 prompts). GSM8K and
+# Close to the paper's main experiment: Qwen2.5-1.5B-Instruct on GSM8K, MATH and DeepScaleR (59,588 prompts). GSM8K and
 # MATH are targeted; the other four test sets show what happens to harder mathematics.
 #
 #   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh
