@@ -48,8 +48,8 @@ PHASES=${PHASES:-4}                   # number of phases, the paper's M
 STEPS=${STEPS:-50}                    # GRPO steps per phase; 0: only METHOD's first selection, no training
 ALPHA=${ALPHA:-0.1}                   # fraction of the train prompts selected
 RESPONSES=${RESPONSES:-}              # responses per train prompt to sketch, drawn in each phase; empty: K
-CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts with a gradient to sketch: those with the
-                                      # best scores in the phase before, and a fifth at random
+CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts with a gradient to sketch from phase 1 on: those
+                                      # with the best scores in the phase before, and a fifth at random
 MOMENTUM=${MOMENTUM:-0}               # weight of the phases before in the average of scores; 0: none
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch
@@ -126,7 +126,7 @@ run_method() { # METHOD
     local policy=$MODEL # theta(m): the base policy at first
     local optimizer=()  # AdamW's state, kept across phases
     local objective=()
-    local before=() average=() # scores of the phase before, for sketch.py and score.py
+    local before=() average=() # scores of the phase before, for sketch.py and score.py; none in phase 0
     local m phase name val_sketches
     lock_folder "$folder" refuse
     record_settings "$folder" $rollout_knobs ALPHA RESPONSES CANDIDATES MOMENTUM KEEP DIM RHO_MAX SKETCH \
@@ -151,13 +151,12 @@ run_method() { # METHOD
             run_stage "$folder" "phase-$m-sketch" "${sketch[@]}" \
                 --model "$policy" --rollouts "$ROLLOUTS/train.pt" "${val_rollouts[@]}" \
                 --out "$phase/train.npy" "${val_sketches[@]}" --keep "$KEEP" --dim "$DIM" \
-                ${RESPONSES:+--responses "$RESPONSES"} --candidates "$CANDIDATES" \
-                ${before[@]+"${before[@]}"} --rho-max "$RHO_MAX" \
+                ${RESPONSES:+--responses "$RESPONSES"} ${before[@]+"${before[@]}"} --rho-max "$RHO_MAX" \
                 ${BATCH_TOKENS:+--batch-tokens "$BATCH_TOKENS"} --dtype "$DTYPE" --seed "$SEED"
             run_stage "$folder" "phase-$m-score" "$PYTHON" "$ROOT/score.py" --train "$phase/train.npy" \
                 --val "${val_sketches[@]}" --out "$phase/selected.npy" --alpha "$ALPHA" --rrf-c "$RRF_C" \
                 ${average[@]+"${average[@]}"}
-            before=(--scores "$phase/scores.npy")
+            before=(--candidates "$CANDIDATES" --scores "$phase/scores.npy")
             average=(--momentum "$MOMENTUM" --previous "$phase/scores.npy")
         else # the other methods need rewards at most; each phase has its own seed for random choices
             run_stage "$folder" "phase-$m-score" "$PYTHON" "$ROOT/score.py" --method "${method/dapo/full}" \

@@ -61,7 +61,7 @@ part() {
     variations)
         vary alpha influence ALPHA=0.1
         vary alpha cropi ALPHA=0.1
-        vary third cropi CANDIDATES=1/3
+        vary third cropi CANDIDATES=1/3 SKETCH="bash experiments/random_first.sh"
         ;;
     worlds)
         for pair in "max rev" "uniq sum"; do

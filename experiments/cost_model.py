@@ -32,7 +32,7 @@ HOUR = 3600
 PASS = 6 * 1.54e9  # FLOP per token, forward and backward; with a reference's forward pass 8/6 of it
 TRAIN = 35_750 * (8 * 500 + 100)  # tokens of the train prompts with a gradient, in one phase
 TWO = 35_750 * (2 * 500 + 100)  # the same with RESPONSES=2
-CHEAP = TWO / 4  # and with CANDIDATES=1/4 as well
+CHEAP = (TWO + 6 * TWO / 4) / 7  # and with CANDIDATES=1/4 as well, mean of seven phases: all in phase 0
 VALIDATION = 200 * (32 * 500 + 100)
 COLLECTION = 59_588 * 8 * 500 / 15_000 / HOUR
 SELECTION, TWO_SELECTION, CHEAP_SELECTION = (

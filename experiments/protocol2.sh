@@ -44,20 +44,21 @@ run() {
 }
 
 seed() { # SEED
+    local random_first="bash experiments/random_first.sh"
     export SEED=$1 TOY=$RUNS/$1/world
     if [ "$PART" = main ]; then
         run full full
         run cropi cropi
-        run economical cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4
+        run economical cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 SKETCH="$random_first"
         run influence influence
-        run dynamic cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 DYNAMIC=1
+        run dynamic cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 SKETCH="$random_first" DYNAMIC=1
         run dapo dapo
         return 0
     fi
-    run candidates cropi CANDIDATES=1/4
+    run candidates cropi CANDIDATES=1/4 SKETCH="$random_first"
     run cropi cropi
     run full full
-    run allfirst cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4 SKETCH="bash experiments/all_first.sh"
+    run allfirst cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4
     run responses cropi RESPONSES=2
     run cheap cropi RESPONSES=2 MOMENTUM=0.5
     run momentum cropi MOMENTUM=0.5
