@@ -1,8 +1,8 @@
 """Evaluates the runs of experiments/protocol2.sh by protocol 2 of experiments/README.md.
 
 Reads   experiments/results/protocol2/NAME-SEED.json, the main methods, and protocol2_extras/NAME-SEED.json,
-        the extras, if there are any.
-        Methods are compared within one of the two folders, where all runs of a seed began with one policy.
+        the extras, if there are any. Methods are compared within one of the two folders, where all runs of a
+        seed began with one policy.
 Writes  experiments/results/protocol2.json   for "main" and "extras", and each measure, greedy and sampled
                                              (the mean at T = 1), what acceleration.json has: accelerations,
                                              accuracies at half and end, paired differences with their 95%
@@ -38,7 +38,7 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
 SUMMARY = {"base": "base policy", "full": "full data (`METHOD=full`)",
            "influence": "influence once (`METHOD=influence`)", "cropi": "**CROPI**",
            "dapo": "DAPO (`METHOD=dapo`), six seeds",
-           "economical": "economical CROPI (`RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4`), as first planned"}
+           "economical": "economical CROPI (`RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4`, random in phase 0)"}
 ECONOMIES = {"responses": "RESPONSES=2", "candidates": "CANDIDATES=1/4, random in phase 0",
              "momentum": "MOMENTUM=0.5", "cheap": "RESPONSES=2 MOMENTUM=0.5",
              "economical": "RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4, random in phase 0 (economical)",

@@ -55,9 +55,9 @@ seed() { # SEED
         run dapo dapo
         return 0
     fi
-    run candidates cropi CANDIDATES=1/4 SKETCH="$random_first"
-    run cropi cropi
     run full full
+    run cropi cropi
+    run candidates cropi CANDIDATES=1/4 SKETCH="$random_first"
     run allfirst cropi RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4
     run responses cropi RESPONSES=2
     run cheap cropi RESPONSES=2 MOMENTUM=0.5
