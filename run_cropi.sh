@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the whole CROPI loop: collect rollouts once; then, in each phase, sketch, score and train.
 #
-#   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 15 minutes
+#   bash run_cropi.sh                           full-data GRPO and CROPI in a toy world; 14 minutes
 #   METHOD=learnability bash run_cropi.sh       another selection method in the same loop
 #   STEPS=0 bash run_cropi.sh                   selects prompts once and trains nothing
 #   MODEL=Qwen/Qwen2.5-1.5B-Instruct TRAIN=... VAL=... bash run_cropi.sh
@@ -48,8 +48,9 @@ PHASES=${PHASES:-4}                   # number of phases, the paper's M
 STEPS=${STEPS:-50}                    # GRPO steps per phase; 0: only METHOD's first selection, no training
 ALPHA=${ALPHA:-0.1}                   # fraction of the train prompts selected
 RESPONSES=${RESPONSES:-}              # responses per train prompt to sketch, drawn in each phase; empty: K
-CANDIDATES=${CANDIDATES:-1}           # fraction of the train prompts with a gradient to sketch from phase 1 on: those
-                                      # with the best scores in the phase before, and a fifth at random
+CANDIDATES=${CANDIDATES:-1}           # from phase 1 on, fraction of the train prompts with a gradient to
+                                      # sketch: those with the best scores in the phase before, and a fifth
+                                      # at random
 MOMENTUM=${MOMENTUM:-0}               # weight of the phases before in the average of scores; 0: none
 KEEP=${KEEP:-0.1}                     # probability of keeping a gradient coordinate in the sketch
 DIM=${DIM:-32768}                     # numbers per sketch

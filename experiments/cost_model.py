@@ -40,7 +40,7 @@ SELECTION, TWO_SELECTION, CHEAP_SELECTION = (
 STEP = 128 * (8 * 500 / 15_000 + (8 * 500 + 100) * PASS * 8 / 6 / 3.5e14) / HOUR
 LARGE = {"full": (0, 0, 1750), "cropi": (COLLECTION, SELECTION, 660),
          "responses": (COLLECTION, TWO_SELECTION, 660),
-         "economical": (COLLECTION, CHEAP_SELECTION, 660)}  # collection, selection of a phase, steps
+         "allfirst": (COLLECTION, CHEAP_SELECTION, 660)}  # collection, selection of a phase, steps
 
 
 def time_of(collection, selection, step, steps, steps_per_phase):

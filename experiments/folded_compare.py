@@ -217,7 +217,7 @@ def main():
                 prompts = sparse_ratio.prompts_with_variance(TOY, 300)
                 paths = [TOY.with_name(f"val_{name}.pt") for name in ("sort", "dbl")]
                 sets = [(path, sparse_ratio.prompts_with_variance(path, 300)) for path in paths]
-                for name, model in (("toy, base", "world/base"), ("toy, trained", "cropi/phase-3/policy")):
+                for name, model in (("toy, base", "world/base"), ("toy, trained", "cropi/phase-2/policy")):
                     policy = load(RUNS / "toy" / model)
                     found = projections(policy, args.seeds, 8192, (0.1, 1.0))
                     results[part][name] = {"dim": 8192, "seeds": args.seeds,

@@ -1,5 +1,5 @@
-# Close to the paper's main experiment: Qwen2.5-1.5B-Instruct on GSM8K, MATH and DeepScaleR (59,588 prompts). GSM8K and
-# MATH are targeted; the other four test sets show what happens to harder mathematics.
+# Close to the paper's main experiment: Qwen2.5-1.5B-Instruct on GSM8K, MATH and DeepScaleR (59,588 prompts).
+# GSM8K and MATH are targeted; the other four test sets show what happens to harder mathematics.
 #
 #   PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh
 #   METHOD=full PRESET=presets/qwen2.5-1.5b.sh NPROC=8 bash run_cropi.sh      full-data GRPO in the same loop

@@ -1,6 +1,6 @@
 # The toy world of toy/README.md, in which run_cropi.sh runs if MODEL is not set: its knobs.
 #
-#   bash run_cropi.sh        full-data GRPO and CROPI; 15 minutes on two CPU cores
+#   bash run_cropi.sh        full-data GRPO and CROPI; 14 minutes on two CPU cores
 RUN=${RUN:-runs/toy}
 TOY=${TOY:-$RUN/world}            # folder of the toy's data and base policy, made once, from SEED
 TARGETED=${TARGETED:-sort dbl}    # its targeted families; if changed, set VAL: NAME=$TOY/val_NAME.jsonl
@@ -17,7 +17,7 @@ TEMPERATURE=${TEMPERATURE:-1.0}
 K_VAL=${K_VAL:-16}
 ALPHA=${ALPHA:-0.03}
 DIM=${DIM:-8192}
-PHASES=${PHASES:-4}
+PHASES=${PHASES:-3}
 STEPS=${STEPS:-40}
 BATCH=${BATCH:-64}
 LR=${LR:-3e-5}
