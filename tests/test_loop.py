@@ -63,27 +63,29 @@ def artefacts(run):
 
 
 def test_same_bytes_again_and_through_kills_of_the_loop(micro_run, world):
-    """A second run of the loop in the same folder, killed three times, leaves the same bytes."""
+    """CROPI once more in a folder of the same name, killed three times, leaves the same bytes."""
     run, _ = micro_run
     first = run.with_name("first")
     os.rename(run, first)
     try:
         command = dict(args=["bash", ROOT / "run_cropi.sh"], start_new_session=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                       env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run)})
-        for until in ("rollouts/val_sort.pt", "influence/phase-0/policy.part", "cropi/phase-1"):
+                       env={**os.environ, **MICRO, "TOY": str(world), "RUN": str(run), "BASELINE": ""})
+        for until in ("rollouts/val_sort.pt", "cropi/phase-0/policy.part", "cropi/phase-1"):
             process = subprocess.Popen(**command)
             while not (run / until).exists():
                 assert process.poll() is None
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        run_loop(run, world)
-        expected, found = artefacts(first), artefacts(run)
-        assert expected.keys() == found.keys() and len(expected) > 60
-        assert [name for name in expected if expected[name] != found[name]] == []
+        run_loop(run, world, BASELINE="")
+        for folder in ("rollouts", "cropi"):
+            expected, found = artefacts(first / folder), artefacts(run / folder)
+            assert expected.keys() == found.keys() and len(expected) > 10
+            assert [name for name in expected if expected[name] != found[name]] == []
     finally:
-        shutil.rmtree(first)
+        shutil.rmtree(run)
+        os.rename(first, run)
 
 
 def test_baselines_run_in_the_same_loop(micro_run, world, tmp_path):
@@ -208,16 +210,6 @@ def test_programs_are_scripts_or_commands(quick):
         shutil.rmtree(quick.folder / "run/cropi")
     assert quick()[0].returncode == 0
     assert refused(quick(TRAINER="env check.py")[0], "< TRAINER= > TRAINER=env check.py")
-
-
-def test_dynamic_sampling_in_the_loop(micro_run, world, tmp_path):
-    """CROPI with DYNAMIC=1 on the same rollouts: steps of several rounds, and no group of equal rewards."""
-    shutil.copytree(micro_run[0] / "rollouts", tmp_path / "rollouts")
-    run_loop(tmp_path, world, BASELINE="", DYNAMIC="1", PHASES="1", BATCH="8")
-    lines = (tmp_path / "cropi/phase-0/policy/metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines[1:]]
-    assert len(steps) == 3 and any(row["rounds"] > 1 for row in steps)
-    assert all(row["groups"] == 8 for row in steps)
 
 
 def test_sources_arrive_as_they_are_and_names_are_unique(tmp_path):
@@ -400,11 +392,22 @@ def test_plot_prints_what_stdout_cannot_show(micro_run, tmp_path):
         assert done.returncode == 0 and "(answer \\u221a2)" in done.stdout, done.stderr
 
 
-def test_economical_selection_in_the_loop(micro_run, world, tmp_path):
-    """Phase 0 sketches all, phase 1 mostly what scored best then; a stopped run ends with the same bytes."""
-    knobs = {"METHOD": "cropi", "BASELINE": "", "RESPONSES": "2", "CANDIDATES": "1/2", "MOMENTUM": "0.5"}
-    run_loop(tmp_path / "run", world, **knobs)
-    folder = tmp_path / "run/cropi"
+def test_economical_selection_and_dapo_in_the_loop(micro_run, world, tmp_path):
+    """DAPO leaves groups of equal rewards out. CROPI sketches all in phase 0, in phase 1 mostly what scored
+    best then; a stopped run ends with the same bytes.
+    """
+    shutil.copytree(micro_run[0] / "rollouts", tmp_path / "rollouts")
+    knobs = {"METHOD": "cropi", "BASELINE": "dapo", "RESPONSES": "2", "CANDIDATES": "1/2", "MOMENTUM": "0.5",
+             "EVAL_TEMPERATURE": "0", "BATCH": "8"}
+    run_loop(tmp_path, world, **knobs)
+    files = [tmp_path / f"dapo/phase-{m}/policy/metrics.jsonl" for m in (0, 1)]
+    rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    steps = [row for row in rows if row["step"] > 0]
+    assert len(steps) == 6 and any(row["rounds"] > 1 for row in steps)
+    assert all(row["groups"] == 8 for row in steps)
+    assert all(result["mean"] == result["greedy"] for row in rows for result in row.get("eval", {}).values())
+
+    folder = tmp_path / "cropi"
     first, second = (np.load(folder / f"phase-{m}/scores.npy") for m in (0, 1))
     sketched = [np.load(folder / f"phase-{m}/train.npy").any(1) for m in (0, 1)]
     assert [of.sum() for of in sketched] == [61, 30]
@@ -413,30 +416,18 @@ def test_economical_selection_in_the_loop(micro_run, world, tmp_path):
     assert np.array_equal(first[kept], second[kept])
     ranks = (-first).argsort(0, kind="stable").argsort(0).min(1)
     assert sketched[1][ranks.argsort(kind="stable")[:24]].all()  # four fifths of 30
-    assert sketched[1][np.load(folder / "phase-1/selected.npy")].all()
-    assert json.loads((folder / "phase-1/train.json").read_text())["responses"] == 2
+    for m in (0, 1):
+        sidecar = json.loads((folder / f"phase-{m}/train.json").read_text())
+        assert sidecar["responses"] == 2 and sidecar["candidates"] == (61, 30)[m]
+        selected = np.load(folder / f"phase-{m}/selected.npy")
+        assert len(selected) <= 24 and sketched[m][selected].all()
     before = {path.name: path.read_bytes() for path in (folder / "phase-1").glob("*.npy")}
     rows = (folder / "seconds.tsv").read_text().splitlines()
     (folder / "seconds.tsv").write_text("".join(row + "\n" for row in rows if "phase-1" not in row))
     for name in before:
         (folder / "phase-1" / name).unlink()
-    run_loop(tmp_path / "run", world, **knobs)
+    run_loop(tmp_path, world, **knobs)
     assert before == {path.name: path.read_bytes() for path in (folder / "phase-1").glob("*.npy")}
-
-
-def test_dapo_and_candidates_in_the_loop(micro_run, world, tmp_path):
-    """The loop with METHOD=dapo and, in the same folder, CROPI on a half of the pool from phase 1 on."""
-    run_loop(tmp_path, world, METHOD="cropi", BASELINE="dapo", CANDIDATES="0.5", EVAL_TEMPERATURE="0")
-    files = [tmp_path / f"dapo/phase-{m}/policy/metrics.jsonl" for m in (0, 1)]
-    steps = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    assert any(row.get("rounds", 1) > 1 for row in steps)
-    assert all(result["mean"] == result["greedy"] for row in steps for result in row.get("eval", {}).values())
-    chosen = [np.load(tmp_path / f"cropi/phase-{m}/train.npy").any(1) for m in (0, 1)]
-    for m, candidates in ((0, 61), (1, 30)):
-        sidecar = json.loads((tmp_path / f"cropi/phase-{m}/train.json").read_text())
-        assert sidecar["candidates"] == candidates
-        selected = np.load(tmp_path / f"cropi/phase-{m}/selected.npy")
-        assert len(selected) <= 24 and chosen[m][selected].all()
 
 
 def test_preset_sets_what_the_environment_does_not(tmp_path):
@@ -533,7 +524,7 @@ def commands(run, world, out):
 
 @pytest.mark.parametrize("stage", ["collect", "sketch", "score", "train_grpo"])
 def test_killed_stage_ends_with_the_same_bytes(micro_run, world, tmp_path, stage):
-    """The stage is stopped by SIGKILL in three attempts and then runs to its end."""
+    """The stage is stopped by SIGKILL in two attempts and then runs to its end."""
     arguments, files = commands(micro_run[0], world, tmp_path)[stage]
     command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:])]
     began = time.monotonic()
@@ -548,11 +539,10 @@ def test_killed_stage_ends_with_the_same_bytes(micro_run, world, tmp_path, stage
     process.kill()
     process.wait()
     elapsed = time.monotonic() - began
-    for moment in (0.7 * elapsed, 1.1 * elapsed):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(moment)
-        process.kill()
-        process.wait()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(1.1 * elapsed)
+    process.kill()
+    process.wait()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for made, undisturbed in files.items():

@@ -68,11 +68,10 @@ def test_the_number_of_threads_changes_rounding_only(micro_run, world, tmp_path,
     assert (apart <= 1e-3 * np.linalg.norm(expected, axis=1)).all()
 
 
-def test_two_processes_collect_the_same_bytes(micro_run, world, tmp_path):
+def test_two_processes_collect_the_same_bytes(world, tmp_path, call):
     arguments = ["collect.py", "--model", world / "base", "--data", world / "train.jsonl", "--k", 6,
                  "--verifier", "exact", "--max-new-tokens", 10, "--kv-tokens", 3000]
-    command = [sys.executable, ROOT / arguments[0], *map(str, arguments[1:]), "--out", tmp_path / "one.pt"]
-    assert subprocess.run(command).returncode == 0
+    assert call(collect, *arguments[1:], "--out", tmp_path / "one.pt")[0] == 0
     assert shards([*arguments, "--out", tmp_path / "two.pt"]).count("two.pt:") == 1
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.pt", "two.pt"]
@@ -216,8 +215,7 @@ def test_two_processes_train_the_same(continued, micro_run, world, tmp_path, cal
             patch.setattr(train_grpo, "grpo_step", killed_after(train_grpo.grpo_step, 2))
             call(train_grpo, *training(run, world, two, *more)[1:])
         assert (tmp_path / "two.part/checkpoint.pt").exists()
-    arguments = training(run, world, one, *more)
-    subprocess.run([sys.executable, *map(str, [ROOT / arguments[0], *arguments[1:]])], check=True)
+    assert call(train_grpo, *training(run, world, one, *more)[1:])[0] == 0
     shards(training(run, world, two, *more))
     rows = [[json.loads(line) for line in open(out / "metrics.jsonl")] for out in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 5 - continued
@@ -229,7 +227,7 @@ def test_two_processes_train_the_same(continued, micro_run, world, tmp_path, cal
                            for path in (model, one, two))
     moved = sum(((first[name] - base[name]) ** 2).sum() for name in base)
     apart = sum(((second[name] - first[name]) ** 2).sum() for name in first)
-    assert 0 < apart <= 1e-4 * moved
+    assert moved > 0 and apart <= 1e-4 * moved  # often equal to the bit: few groups have a gradient here
     states = [torch.load(out / "optimizer.pt", weights_only=True)["optimizer"]["state"] for out in (one, two)]
     parameters = dict(AutoModelForCausalLM.from_pretrained(one).named_parameters())
     assert states[0].keys() == states[1].keys() == parameters.keys()

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, group_logprobs, run_loop, tiny_qwen
+from conftest import ROOT, group_logprobs, run_loop, run_script, tiny_qwen
 
 import train_grpo
 
@@ -19,18 +19,22 @@ K = "24"  # 24 x 120 = 2880 responses per engine
 
 
 @pytest.fixture(scope="module")
-def runs(world, tmp_path_factory):
-    """{engine: folder RUN of one phase of the whole loop}."""
-    folder = tmp_path_factory.mktemp("engines")
-    for engine in ("hf", "vllm"):
-        run_loop(folder / engine, world, ENGINE=engine, BASELINE="", PHASES="1", STEPS="4", K=K,
-                 MAX_NEW_TOKENS="5", VAL=f"dbl={world}/val_dbl.jsonl")
-    return {engine: folder / engine for engine in ("hf", "vllm")}
+def run(world, tmp_path_factory):
+    """The folder RUN of one phase of the whole loop with vLLM."""
+    folder = tmp_path_factory.mktemp("vllm")
+    run_loop(folder, world, ENGINE="vllm", BASELINE="", PHASES="1", STEPS="4", K=K, MAX_NEW_TOKENS="5",
+             VAL=f"dbl={world}/val_dbl.jsonl")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def rollouts(runs):
-    return {engine: train_grpo.load_rollouts(run / "rollouts/train.pt") for engine, run in runs.items()}
+def rollouts(run, world, tmp_path_factory):
+    """{engine: the train prompts' rollouts}, sampled with the same settings."""
+    hf = tmp_path_factory.mktemp("hf") / "train.pt"
+    done = run_script("collect.py", "--model", world / "base", "--data", world / "train.jsonl", "--out", hf,
+                      "--k", K, "--max-new-tokens", 5, "--verifier", "exact")
+    assert done.returncode == 0, done.stderr
+    return {"hf": train_grpo.load_rollouts(hf), "vllm": train_grpo.load_rollouts(run / "rollouts/train.pt")}
 
 
 def test_every_ratio_is_one_at_the_base_policy(rollouts, world):
@@ -72,23 +76,23 @@ def steps_of(policy):
     return [json.loads(line) for line in (policy / "metrics.jsonl").read_text().splitlines()][1:]
 
 
-def test_engine_follows_each_update(runs):
+def test_engine_follows_each_update(run):
     """Trainer's and engine's log-probs of the samples agree after three updates that moved the policy."""
-    steps = steps_of(runs["vllm"] / "cropi/phase-0/policy")
+    steps = steps_of(run / "cropi/phase-0/policy")
     assert len(steps) == 4 and all(step["sampling_logp_difference"] < 1e-5 for step in steps)
     assert all(step["kl"] > 1e-4 for step in steps[1:])  # stale weights would give a gap of about sqrt(2 kl)
 
 
-def test_two_processes_train_the_same(runs, world, tmp_path):
+def test_two_processes_train_the_same(run, world, tmp_path):
     """Two engines with weights sharded by FSDP2 give the metrics of one rank to float error."""
-    settings = json.loads((runs["vllm"] / "cropi/phase-0/policy/args.json").read_text())
+    settings = json.loads((run / "cropi/phase-0/policy/args.json").read_text())
     arguments = []
     for name in ("model", "ref", "rollouts", "select", "steps", "batch_size", "group", "lr", "engine",
                  "eval_every"):
         arguments += [f"--{name.replace('_', '-')}", str(settings[name])]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                     ROOT / "train_grpo.py", *arguments, "--out", tmp_path / "two"], check=True)
-    one, two = steps_of(runs["vllm"] / "cropi/phase-0/policy"), steps_of(tmp_path / "two")
+    one, two = steps_of(run / "cropi/phase-0/policy"), steps_of(tmp_path / "two")
     for name in ("reward", "tokens", "kl", "grad_norm"):
         assert [step[name] for step in two] == pytest.approx([step[name] for step in one], rel=1e-4, abs=1e-7)
 
