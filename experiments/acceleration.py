@@ -41,7 +41,7 @@ TESTS = ("targeted", "related", "other")
 ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "cropi (truncated)": "CROPI, RHO_MAX=2", "cropi (clip)": "CROPI, PPO's clip",
         "cropi (no-ratio)": "CROPI, no ratio", "cropi (fresh)": "CROPI, fresh responses in each phase",
-        "cropi (third)": "CROPI, CANDIDATES=1/3", "influence (alpha)": "influence once, ALPHA=0.1",
+        "cropi (third)": "CROPI, CANDIDATES=1/3, random in each phase", "influence (alpha)": "influence once, ALPHA=0.1",
         "cropi (alpha)": "CROPI, ALPHA=0.1", "dapo": "DAPO", "random": "random", "passrate": "pass rate",
         "learnability": "learnability"}  # of the table, in this order
 AXES = ("steps", "seconds", "tokens")

@@ -61,6 +61,7 @@ part() {
     variations)
         vary alpha influence ALPHA=0.1
         vary alpha cropi ALPHA=0.1
+        # the stored runs are of commit efb6923: a random third of all prompts in each phase
         vary third cropi CANDIDATES=1/3 SKETCH="bash experiments/random_first.sh"
         ;;
     worlds)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs every measurement and redraws every figure. Runs whose numbers are in experiments/results/ are not made
 # again; but off_policy.py needs the main runs' folders in runs/acceleration. So in a fresh clone first
-#   rm -r experiments/results/{protocol2,protocol2_extras,acceleration,reselection,smollm2}
+#   rm -rf experiments/results/{protocol2,protocol2_extras,acceleration,reselection,smollm2}
 # and plan a day on two CPU cores. Run it again to resume after an interruption (finished commands are
 # recorded in runs/done). Most scripts can redraw their figure alone from the stored numbers; see their
 # docstrings.

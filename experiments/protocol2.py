@@ -32,7 +32,7 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "dapo": "DAPO", "responses": "CROPI, RESPONSES=2",
         "candidates": "CROPI, CANDIDATES=1/4, random in phase 0", "momentum": "CROPI, MOMENTUM=0.5",
         "cheap": "CROPI, RESPONSES=2 MOMENTUM=0.5",
-        "allfirst": "CROPI, RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4", "k4": "CROPI, K=4", "random": "random",
+        "allfirst": "CROPI, RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4, all in phase 0", "k4": "CROPI, K=4", "random": "random",
         "passrate": "pass rate", "learnability": "learnability"}  # in this order
 # README's rows
 SUMMARY = {"base": "base policy", "full": "full data (`METHOD=full`)",

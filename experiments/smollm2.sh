@@ -3,7 +3,7 @@
 # SmolLM2-135M-Instruct on seven kinds of reasoning-gym tasks (version 3; experiments/README.md has the
 # protocol). A seed makes the prompts, the rollouts, the projection and all samples of training. The numbers of
 # each finished run are written to experiments/results/smollm2/ at once; runs that have such a file are not made
-# again. A clone has these files: remove the folder first.
+# again.
 #
 #   bash experiments/smollm2.sh survey         how often the base model is right on each kind; 10 minutes
 #   bash experiments/smollm2.sh pilot          20 steps of full data on seed 9 with LR, and |log rho| of the
@@ -68,6 +68,7 @@ survey)
     ;;
 pilot)
     data=runs/smollm2/seed-9
+    rm -rf "$data/full" # of another LR
     PHASES=1 loop 9 full
     "$PYTHON" sketch.py --model "$data/full/phase-0/policy" --dim 64 --batch-tokens "$BATCH_TOKENS" \
         --rollouts "$data/rollouts/val_chain_sum.pt" "$data/rollouts/val_products.pt" \
@@ -83,7 +84,8 @@ done
 for seed in $SEEDS; do printf "%s $seed\n" $METHODS; done |
     xargs -P "$JOBS" -L 1 bash -euo pipefail -c 'run "$1" "$2"' run
 for seed in $SEEDS; do
-    "$PYTHON" experiments/similarity.py runs/smollm2/seed-"$seed"/{cropi,influence,random} \
-        --out "experiments/results/similarity_smollm2-$seed"
+    folders=()
+    for method in $METHODS; do folders+=("runs/smollm2/seed-$seed/$method"); done
+    "$PYTHON" experiments/similarity.py "${folders[@]}" --out "experiments/results/similarity_smollm2-$seed"
 done
 "$PYTHON" experiments/smollm2.py
