@@ -32,8 +32,8 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "dapo": "DAPO", "responses": "CROPI, RESPONSES=2",
         "candidates": "CROPI, CANDIDATES=1/4, random in phase 0", "momentum": "CROPI, MOMENTUM=0.5",
         "cheap": "CROPI, RESPONSES=2 MOMENTUM=0.5",
-        "allfirst": "CROPI, RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4, all in phase 0", "k4": "CROPI, K=4", "random": "random",
-        "passrate": "pass rate", "learnability": "learnability"}  # in this order
+        "allfirst": "CROPI, RESPONSES=2 MOMENTUM=0.5 CANDIDATES=1/4, all in phase 0", "k4": "CROPI, K=4",
+        "random": "random", "passrate": "pass rate", "learnability": "learnability"}  # in this order
 # README's rows
 SUMMARY = {"base": "base policy", "full": "full data (`METHOD=full`)",
            "influence": "influence once (`METHOD=influence`)", "cropi": "**CROPI**",

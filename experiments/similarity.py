@@ -16,6 +16,7 @@ Writes  OUT.json and OUT.png
 import argparse
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -51,6 +52,7 @@ def similarities(pool, validation):
     return (pool / norms @ centres.T).mean(1)
 
 
+@cache
 def embeddings(rollouts):
     """{name: similarity of each train prompt to the validation sets}; rollouts: the folder RUN/rollouts."""
     files = [rollouts / "train.pt", *sorted(rollouts.glob("val_*.pt"))]

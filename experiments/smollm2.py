@@ -9,7 +9,7 @@ survey FOLDER     how often the base policy FOLDER/base is right on each kind of
                   responses at T = 0.6); writes results/smollm2/survey.json, by which the kinds were chosen
 store RUN FILE    saves a finished run's numbers (those of acceleration.py; by step entropy, response length,
                   training reward and share of groups with equal rewards; mean and maximum |log rho| of each
-                  phase's sketches; the base policy's pass rate by kind)
+                  phase's train and validation sketches; the base policy's pass rate by kind)
 samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json;
                   smollm2.sh calls it
 (nothing)         reads results/smollm2/seed-*.json; writes smollm2.json and smollm2.png, prints a table
@@ -45,7 +45,7 @@ SEEDS = (0, 1, 9)  # 9: the pilot
 TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
             "products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)}
 OTHER = {"gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30),
-         "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=15),
+         "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20),
          "letter_counting": dict(min_words=4, max_words=8),
          "number_sequence": {},
          "leg_counting": dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)}
@@ -57,7 +57,7 @@ SURVEY = {  # further kinds that were tried
                   dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1)],
     "products": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)],
     "gcd": [dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30)],
-    "lcm": [dict(min_numbers=2, max_numbers=2, min_value=1, max_value=15)],
+    "lcm": [dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)],
     "letter_counting": [dict(min_words=4, max_words=8)],
     "leg_counting": [dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)],
     "simple_equations": [dict(min_terms=2, max_terms=2, min_value=1, max_value=20)],
@@ -125,8 +125,10 @@ def store(folder, path):
     rows = [row for phase in run["phases"] for row in phase["rows"] if row["step"]]
     for name in ("entropy", "response_length", "reward", "frac_reward_zero_std"):
         stored[name] = [round(row[name], 4) for row in rows]
-    sidecars = [json.loads(file.read_text()) for file in sorted(folder.glob("phase-*/train.json"))]
-    stored["log_ratio"] = [[round(of["log_ratio_mean"], 4), round(of["log_ratio_max"], 2)] for of in sidecars]
+    for key, pattern in (("log_ratio", "phase-*/train.json"), ("val_log_ratio", "phase-*/val_*.json")):
+        sidecars = [json.loads(file.read_text()) for file in sorted(folder.glob(pattern))]
+        stored[key] = [[round(of["log_ratio_mean"], 4), round(of["log_ratio_max"], 2)] for of in sidecars]
+    stored["ranks"] = int(os.environ["JOBS"])  # of the collection and of the first selection
     families = np.array(run["families"])
     stored["pass_rates"] = {kind: round(float(run["rewards"][families == kind].mean()), 4)
                             for kind in (*TARGETED, *OTHER)}
@@ -191,11 +193,14 @@ def samples(policy):
 
 
 def load():
-    """{method: {seed: stored run}}"""
+    """{method: {seed: stored run}}. Seconds are those of one core: those of two ranks count twice."""
     methods = {}
     for path in sorted((RESULTS / "smollm2").glob("seed-*.json")):
         _, seed, method = path.stem.split("-")
-        methods.setdefault(method, {})[int(seed)] = json.loads(path.read_text())
+        methods.setdefault(method, {})[int(seed)] = run = json.loads(path.read_text())
+        if method in ("influence", "cropi"):
+            shared = run["collection"] + run["selection"][0]
+            run["seconds"] = [seconds + (run["ranks"] - 1) * shared for seconds in run["seconds"]]
     return methods
 
 
@@ -214,7 +219,7 @@ def evaluate(methods):
         del found["seeds"]
         result[measure] = {"base": {test: [round(float(run[measure][test][0]), 4) for run in full.values()]
                                     for test in tests}, **found}
-    for key in ("frac_reward_zero_std", "selected", "trust", "log_ratio"):
+    for key in ("frac_reward_zero_std", "selected", "trust", "log_ratio", "val_log_ratio"):
         result[key] = {}
     for name, runs in methods.items():
         for seed, run in runs.items():
@@ -222,7 +227,7 @@ def evaluate(methods):
             if name != "full":
                 result["selected"].setdefault(name, {})[seed] = run["selected"]
             if name in ("influence", "cropi"):
-                for key in ("trust", "log_ratio"):
+                for key in ("trust", "log_ratio", "val_log_ratio"):
                     result[key].setdefault(name, {})[seed] = run[key]
     return result
 
@@ -239,7 +244,8 @@ def draw(methods, path):
     for axis in (*axes[0, 1:3], *axes[1, :3]):  # targeted accuracies have one scale
         axis.sharey(axes[0, 0])
     names = {"reward": "training reward", "frac_reward_zero_std": "share of groups with equal rewards",
-             "entropy": "entropy per token (nats)", "response_length": "tokens per response"}
+             "entropy": "entropy per token (nats), groups with a gradient",
+             "response_length": "tokens per response"}
     for name, runs in methods.items():
         for run in runs.values():
             style = dict(color=COLORS[name], label=name if run is next(iter(runs.values())) else None)

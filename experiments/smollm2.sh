@@ -7,9 +7,10 @@
 #
 #   bash experiments/smollm2.sh survey         how often the base model is right on each kind; 10 minutes
 #   bash experiments/smollm2.sh pilot          20 steps of full data on seed 9 with LR, and |log rho| of the
-#                                              validation sets after them; an hour
+#                                              validation sets after them; half an hour
 #   bash experiments/smollm2.sh                one seed of four methods, two runs side by side, one thread each;
-#                                              resumable; about 3 hours a seed on two CPU cores, 17 GB of memory
+#                                              resumable; 3 to 4 hours a seed on two CPU cores,
+#                                              17 GB of memory, 20 GB of disk
 #   SEEDS="0 1" METHODS="full cropi" JOBS=1 bash experiments/smollm2.sh
 #
 # The pool: 1300 train prompts, 100 of each targeted kind (chain_sum, products; together two thirteenths of the
@@ -24,8 +25,9 @@ export VERIFIER=experiments/last_number.py:reward
 export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=float32 DIM=32768
 export ALPHA=0.05 RESPONSES=2 MOMENTUM=0.5 PHASES=3 STEPS=20 BATCH=16 LR=${LR:-2e-6}
 export KL_COEF=0 ENTROPY_COEF=0 # then groups of equal rewards need no pass, nor does the reference
-export EVAL_EVERY=10 EVAL_SAMPLES=1 BATCH_TOKENS=${BATCH_TOKENS:-2048}
-METHODS=${METHODS:-full cropi influence random} SEEDS=${SEEDS:-0}
+export EVAL_EVERY=10 EVAL_SAMPLES=1 SAVE_EVERY=10 BATCH_TOKENS=${BATCH_TOKENS:-2048}
+export JOBS=${JOBS:-2}
+METHODS=${METHODS:-full cropi random influence} SEEDS=${SEEDS:-0}
 mkdir -p "$RESULTS" runs/smollm2
 
 if [ ! -e runs/smollm2/base/tokenizer.json ]; then
@@ -39,7 +41,10 @@ loop() { # SEED METHOD: run_cropi.sh on the prompts of the seed
     SEED=$1 METHOD=$2 RUN=$data TRAIN=$data/train.jsonl \
         VAL="chain_sum=$data/val_chain_sum.jsonl products=$data/val_products.jsonl" \
         TEST="targeted=$data/test_targeted.jsonl other=$data/test_other.jsonl" \
-        bash run_cropi.sh >>"$data/log-$2.txt" 2>&1
+        bash run_cropi.sh >>"$data/log-$2.txt" 2>&1 || {
+        tail -n 5 "$data/log-$2.txt" >&2
+        return 1
+    }
 }
 
 run() { # METHOD SEED
@@ -47,9 +52,11 @@ run() { # METHOD SEED
     [ ! -e "$out" ] || return 0
     # CROPI and influence once have the same phase 0, byte for byte: a finished one is copied
     if [ "$1" = influence ] && [ ! -e "$data/influence" ] && [ -e "$data/cropi/phase-1" ]; then
-        mkdir "$data/influence"
-        cp -r "$data/cropi/phase-0" "$data/influence/"
-        grep ^phase-0- "$data/cropi/seconds.tsv" >"$data/influence/seconds.tsv"
+        rm -rf "$data/copy"
+        mkdir "$data/copy"
+        cp -r "$data/cropi/phase-0" "$data/copy/"
+        grep ^phase-0- "$data/cropi/seconds.tsv" >"$data/copy/seconds.tsv"
+        mv "$data/copy" "$data/influence"
     fi
     loop "$2" "$1"
     if [ "$1" = cropi ] && [ "$2" = 0 ]; then
@@ -69,7 +76,7 @@ survey)
 pilot)
     data=runs/smollm2/seed-9
     rm -rf "$data/full" # of another LR
-    PHASES=1 loop 9 full
+    NPROC=$JOBS K=1 PHASES=1 loop 9 full # no response to a train prompt is used
     "$PYTHON" sketch.py --model "$data/full/phase-0/policy" --dim 64 --batch-tokens "$BATCH_TOKENS" \
         --rollouts "$data/rollouts/val_chain_sum.pt" "$data/rollouts/val_products.pt" \
         --out "$data/val_chain_sum.npy" "$data/val_products.npy"
@@ -77,7 +84,6 @@ pilot)
     exit
     ;;
 esac
-JOBS=${JOBS:-2}
 for seed in $SEEDS; do # the collection and the first selection, which CROPI shares, on all cores as ranks
     [ -e "$RESULTS/seed-$seed-cropi.json" ] || NPROC=$JOBS STEPS=0 loop "$seed" cropi
 done
@@ -85,7 +91,10 @@ for seed in $SEEDS; do printf "%s $seed\n" $METHODS; done |
     xargs -P "$JOBS" -L 1 bash -euo pipefail -c 'run "$1" "$2"' run
 for seed in $SEEDS; do
     folders=()
-    for method in $METHODS; do folders+=("runs/smollm2/seed-$seed/$method"); done
-    "$PYTHON" experiments/similarity.py "${folders[@]}" --out "experiments/results/similarity_smollm2-$seed"
+    for method in $METHODS; do
+        [ ! -e "runs/smollm2/seed-$seed/$method" ] || folders+=("runs/smollm2/seed-$seed/$method")
+    done
+    [ ${#folders[@]} -eq 0 ] ||
+        "$PYTHON" experiments/similarity.py "${folders[@]}" --out "experiments/results/similarity_smollm2-$seed"
 done
 "$PYTHON" experiments/smollm2.py
