@@ -43,7 +43,7 @@ ROWS = {"full": "full data", "influence": "influence once", "cropi": "CROPI",
         "cropi (no-ratio)": "CROPI, no ratio", "cropi (fresh)": "CROPI, fresh responses in each phase",
         "cropi (third)": "CROPI, CANDIDATES=1/3, random in each phase",
         "influence (alpha)": "influence once, ALPHA=0.1", "cropi (alpha)": "CROPI, ALPHA=0.1", "dapo": "DAPO",
-        "random": "random", "passrate": "pass rate", "learnability": "learnability"}  # of the table, in this order
+        "random": "random", "passrate": "pass rate", "learnability": "learnability"}  # in this order
 AXES = ("steps", "seconds", "tokens")
 # Student's t, 97.5% quantile of n - 1 degrees of freedom
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # for n seeds
