@@ -47,9 +47,8 @@ TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits
 OTHER = {"gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30),
          "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20),
          "letter_counting": dict(min_words=4, max_words=8),
-         "number_sequence": {},
-         "leg_counting": dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)}
-SIZES = {"targeted": (100, 100, 150), "other": (220, 0, 20)}  # train, validation, test prompts of each kind
+         "number_sequence": {}}
+SIZES = {"targeted": (100, 100, 150), "other": (275, 0, 25)}  # train, validation, test prompts of each kind
 SURVEY = {  # further kinds that were tried
     "chain_sum": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
                   dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),

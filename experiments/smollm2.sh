@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
-# SmolLM2-135M-Instruct on seven kinds of reasoning-gym tasks (version 3; experiments/README.md has the
+# SmolLM2-135M-Instruct on six kinds of reasoning-gym tasks (version 3; experiments/README.md has the
 # protocol). A seed makes the prompts, the rollouts, the projection and all samples of training. The numbers of
 # each finished run are written to experiments/results/smollm2/ at once; runs that have such a file are not made
 # again.
 #
-#   bash experiments/smollm2.sh survey         how often the base model is right on each kind; 10 minutes
+#   bash experiments/smollm2.sh survey         how often the base model is right on each kind; 20 minutes
 #   bash experiments/smollm2.sh pilot          20 steps of full data on seed 9 with LR, and |log rho| of the
 #                                              validation sets after them; half an hour
 #   bash experiments/smollm2.sh                one seed of four methods, two runs side by side, one thread each;
@@ -14,8 +14,8 @@
 #   SEEDS="0 1" METHODS="full cropi" JOBS=1 bash experiments/smollm2.sh
 #
 # The pool: 1300 train prompts, 100 of each targeted kind (chain_sum, products; together two thirteenths of the
-# pool) and 220 of each of five others. ALPHA selects 65; each of them is trained on 5 times in a phase. Test
-# sets: 150 prompts of each targeted kind, 20 of each other kind.
+# pool) and 275 of each of four others. ALPHA selects 65; each of them is trained on 5 times in a phase. Test
+# sets: 150 prompts of each targeted kind, 25 of each other kind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup.sh
