@@ -43,19 +43,19 @@ from plot import COLORS, read_run, save_lines
 MEASURES = {"greedy": "greedy decoding", "accuracy": "samples"}
 SEEDS = (0, 1, 9)  # 9: the pilot
 TARGETED = {"chain_sum": dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
-            "products": dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)}
-OTHER = {"gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30),
+            "products": dict(max_value=35)}
+OTHER = {"gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=40),
          "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20),
          "letter_counting": dict(min_words=4, max_words=8),
          "number_sequence": {}}
-SIZES = {"targeted": (100, 100, 150), "other": (275, 0, 25)}  # train, validation, test prompts of each kind
+SIZES = {"targeted": (130, 100, 150), "other": (310, 0, 25)}  # train, validation, test prompts of each kind
 SURVEY = {  # further kinds that were tried
     "chain_sum": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
                   dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1),
                   dict(min_terms=2, max_terms=3, min_digits=1, max_digits=2),
                   dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1)],
-    "products": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)],
-    "gcd": [dict(min_numbers=2, max_numbers=2, min_value=2, max_value=30)],
+    "products": [dict(max_value=35)],
+    "gcd": [dict(min_numbers=2, max_numbers=2, min_value=2, max_value=40)],
     "lcm": [dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20)],
     "letter_counting": [dict(min_words=4, max_words=8)],
     "leg_counting": [dict(min_animals=1, max_animals=2, min_instances=1, max_instances=9)],
@@ -80,18 +80,32 @@ def make_policy(out):
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
 
 
-def make_examples(seed):
-    """{file name: examples} of one seed."""
+def draw_tasks(kind, settings, size, seed):
+    """size tasks of a kind as (question, answer), some of them several times."""
     import reasoning_gym
 
+    if kind != "products":
+        for task in reasoning_gym.create_dataset(kind, size=size, seed=seed, **settings):
+            yield task["question"], str(task["answer"])
+        return
+    # reasoning-gym's factors have equally many digits: of two-digit ones the policy is right in 0.6%, and of
+    # one-digit ones there are 100 questions. Here one factor has one digit, the other is at most max_value.
+    text = "Solve the following multiplication: {} * {}. Give only the result as your final answer."
+    rng = random.Random(seed)
+    for _ in range(size):
+        a, b = rng.sample((rng.randint(2, 9), rng.randint(2, settings["max_value"])), 2)
+        yield text.format(a, b), str(a * b)
+
+
+def make_examples(seed):
+    """{file name: examples} of one seed."""
     files = {}
     for group, kinds in (("targeted", TARGETED), ("other", OTHER)):
         for kind, settings in kinds.items():
             # where each part ends
             train, validation, test = SIZES[group][0], sum(SIZES[group][:2]), sum(SIZES[group])
             tasks, shares = {}, Counter()
-            for task in reasoning_gym.create_dataset(kind, size=3000, seed=10000 * (1 + seed), **settings):
-                question, answer = task["question"], str(task["answer"])
+            for question, answer in draw_tasks(kind, settings, 3000, 10000 * (1 + seed)):
                 if len(tasks) == test:
                     break
                 if question not in tasks and shares[answer] < test / 5:
@@ -137,13 +151,10 @@ def store(folder, path):
 
 def survey(folder):
     """Mean reward, share of prompts with unequal rewards, and share whose answer is their last number."""
-    import reasoning_gym
-
     data, out, found = folder / "survey.jsonl", folder / "survey.pt", {}
     for kind, variants in SURVEY.items():
         for settings in variants:
-            tasks = {task["question"]: str(task["answer"])
-                     for task in reasoning_gym.create_dataset(kind, size=500, seed=999, **settings)}
+            tasks = dict(draw_tasks(kind, settings, 500, 999))
             few = list(tasks.items())[:60]
             data.write_text("".join(json.dumps({"prompt": q, "answer": a}) + "\n" for q, a in few))
             out.unlink(missing_ok=True)

@@ -13,8 +13,8 @@
 #                                              17 GB of memory, 20 GB of disk
 #   SEEDS="0 1" METHODS="full cropi" JOBS=1 bash experiments/smollm2.sh
 #
-# The pool: 1300 train prompts, 100 of each targeted kind (chain_sum, products; together two thirteenths of the
-# pool) and 275 of each of four others. ALPHA selects 65; each of them is trained on 5 times in a phase. Test
+# The pool: 1500 train prompts, 130 of each targeted kind (chain_sum, products; together about a sixth of the
+# pool) and 310 of each of four others. ALPHA selects 65; each of them is trained on 5 times in a phase. Test
 # sets: 150 prompts of each targeted kind, 25 of each other kind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,8 +22,8 @@ cd "$(dirname "$0")/.."
 export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} RESULTS=experiments/results/smollm2
 export BASELINE= MODEL=runs/smollm2/base INSTRUCTION=" Answer with the number only."
 export VERIFIER=experiments/last_number.py:reward
-export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf DTYPE=float32 DIM=32768
-export ALPHA=0.05 RESPONSES=2 MOMENTUM=0.5 PHASES=3 STEPS=20 BATCH=16 LR=${LR:-2e-6}
+export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf KV_TOKENS=8192 DTYPE=float32 DIM=32768
+export ALPHA=1/23 RESPONSES=2 MOMENTUM=0.5 PHASES=3 STEPS=20 BATCH=16 LR=${LR:-2e-6}
 export KL_COEF=0 ENTROPY_COEF=0 # then groups of equal rewards need no pass, nor does the reference
 export EVAL_EVERY=10 EVAL_SAMPLES=1 SAVE_EVERY=10 BATCH_TOKENS=${BATCH_TOKENS:-2048}
 export JOBS=${JOBS:-2}
@@ -76,7 +76,7 @@ survey)
 pilot)
     data=runs/smollm2/seed-9
     rm -rf "$data/full" # of another LR
-    NPROC=$JOBS K=1 PHASES=1 loop 9 full # no response to a train prompt is used
+    NPROC=$JOBS K=1 K_VAL=4 PHASES=1 loop 9 full # no response to a train prompt is used
     "$PYTHON" sketch.py --model "$data/full/phase-0/policy" --dim 64 --batch-tokens "$BATCH_TOKENS" \
         --rollouts "$data/rollouts/val_chain_sum.pt" "$data/rollouts/val_products.pt" \
         --out "$data/val_chain_sum.npy" "$data/val_products.npy"
