@@ -23,10 +23,12 @@ export PYTHON OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} RESULTS=experiments/results/
 export BASELINE= MODEL=runs/smollm2/base INSTRUCTION=" Answer with the number only."
 export VERIFIER=experiments/last_number.py:reward
 export K=8 K_VAL=16 TEMPERATURE=0.6 MAX_NEW_TOKENS=24 ENGINE=hf KV_TOKENS=8192 DTYPE=float32 DIM=32768
-export ALPHA=1/23 RESPONSES=2 MOMENTUM=0.5 PHASES=3 STEPS=20 BATCH=16 LR=${LR:-2e-6}
+export ALPHA=1/23 RESPONSES=2 MOMENTUM=0.5 PHASES=3 STEPS=20 BATCH=16 LR=${LR:-1e-6}
 export KL_COEF=0 ENTROPY_COEF=0 # then groups of equal rewards need no pass, nor does the reference
 export EVAL_EVERY=10 EVAL_SAMPLES=1 SAVE_EVERY=10 BATCH_TOKENS=${BATCH_TOKENS:-2048}
 export JOBS=${JOBS:-2}
+# glibc keeps the memory of large tensors instead of returning it to the kernel: a step takes 20% less time
+export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 METHODS=${METHODS:-full cropi random influence} SEEDS=${SEEDS:-0}
 mkdir -p "$RESULTS" runs/smollm2
 
