@@ -270,6 +270,7 @@ def draw(methods, path):
         for axis, x in zip(row, (*acceleration.AXES, "steps")):
             axis.set(xlabel=x, title=f"targeted tests, {title}")
         row[3].set(title=f"other tests, {title}")
+        row[2].locator_params(axis="x", nbins=4)
     for axis, title in zip(axes[2], names.values()):
         axis.set(xlabel="steps", title=title)
     axes[0, 0].legend(frameon=False, fontsize=8)

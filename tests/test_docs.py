@@ -102,6 +102,19 @@ def test_reported_numbers():
         expected.append(result["final_accuracy"]["targeted"][f"{method} (alpha)"]["mean"])
     assert re.findall(r"\d\.\d{3}", row) == [f"{value:.3f}" for value in expected]
 
+    result = json.loads((ROOT / "experiments/results/smollm2.json").read_text())["greedy"]
+    row, = [line for line in readme if line.startswith("| [SmolLM2-135M]")]
+    expected = [result["base"]["targeted"][0]]
+    for method in ("full", "influence", "cropi"):
+        expected.append(result["final_accuracy"]["targeted"][method]["mean"])
+    assert re.findall(r"\d\.\d{3}", row) == [f"{value:.3f}" for value in expected]
+    for i in (3, 4, 5, 6):  # CROPI and influence once are one run before
+        cells = []
+        for method in ("full", "random", "influence", "cropi"):
+            run = json.loads((ROOT / f"experiments/results/smollm2/seed-0-{method}.json").read_text())
+            cells.append(f"{run['greedy']['targeted'][i]:.3f} ({run['accuracy']['targeted'][i]:.3f})")
+        assert f"| {10 * i} | {' | '.join(cells)} |" in page
+
 
 def test_integrations(toy, world, micro_run, call):
     """Samples of the micro run, logged as text, make the rollouts.pt that they came from."""
