@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
-# SmolLM2-135M-Instruct on six kinds of tasks (version 3; experiments/README.md has the
-# protocol). A seed makes the prompts, the rollouts, the projection and all samples of training. The numbers of
+# SmolLM2-135M-Instruct on six kinds of tasks (version 3; experiments/README.md has the protocol). A seed
+# makes the prompts, the rollouts, the projection and all samples of training. The numbers of
 # each finished run are written to experiments/results/smollm2/ at once; runs that have such a file are not made
 # again.
 #
