@@ -12,7 +12,10 @@ store RUN FILE    saves a finished run's numbers (those of acceleration.py; by s
                   phase's train and validation sketches; the base policy's pass rate by kind)
 samples POLICY    adds the policy's responses to five test prompts to results/smollm2/samples.json;
                   smollm2.sh calls it
-(nothing)         reads results/smollm2/seed-*.json; writes smollm2.json and smollm2.png, prints a table
+fresh SEED        4 further responses of the base policy and of each run's final policy to every targeted
+                  test prompt of a seed, drawn with a seed of their own. results/smollm2/fresh-SEED.json has
+                  each prompt's mean reward, and how the responses to each kind look
+(nothing)         reads results/smollm2/*.json; writes smollm2.json and smollm2.png, prints a table
 
     python experiments/smollm2.py make runs/smollm2
 """
@@ -48,6 +51,7 @@ OTHER = {"gcd": dict(min_numbers=2, max_numbers=2, min_value=2, max_value=40),
          "lcm": dict(min_numbers=2, max_numbers=2, min_value=1, max_value=20),
          "letter_counting": dict(min_words=4, max_words=8),
          "number_sequence": {}}
+FRESH_SEED = 123  # of the further responses
 SIZES = {"targeted": (130, 100, 150), "other": (310, 0, 25)}  # train, validation, test prompts of each kind
 SURVEY = {  # further kinds that were tried
     "chain_sum": [dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2),
@@ -172,12 +176,13 @@ def survey(folder):
     (RESULTS / "smollm2/survey.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def collect(policy, data, out, k):
+def collect(policy, data, out, k, seed=0):
     """Runs collect.py with the settings of the environment."""
     subprocess.run([sys.executable, ROOT / "collect.py", "--model", policy, "--data", data, "--out", out,
-                    "--k", str(k), "--temperature", os.environ["TEMPERATURE"],
+                    "--k", str(k), "--seed", str(seed), "--temperature", os.environ["TEMPERATURE"],
                     "--max-new-tokens", os.environ["MAX_NEW_TOKENS"], "--dtype", os.environ["DTYPE"],
-                    "--instruction", os.environ["INSTRUCTION"], "--verifier", os.environ["VERIFIER"]],
+                    "--instruction", os.environ["INSTRUCTION"], "--verifier", os.environ["VERIFIER"],
+                    "--kv-tokens", os.environ["KV_TOKENS"]],
                    check=True)
 
 
@@ -202,6 +207,76 @@ def samples(policy):
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def fresh(seed):
+    """The evaluations of a run all draw with the same random numbers; these responses have others.
+
+    In the summary: the mean reward of each policy, and the mean over the prompts of CROPI's reward minus
+    another policy's, with the standard error over the prompts (which knows nothing of other seeds).
+    """
+    from transformers import AutoTokenizer
+
+    world = ROOT / f"runs/smollm2/seed-{seed}"
+    data = world / "test_targeted.jsonl"
+    examples = [json.loads(line) for line in data.read_text().splitlines()]
+    policies = {"base": world.parent / "base"}
+    for method in acceleration.ROWS:
+        if (final := world / method / f"phase-{int(os.environ['PHASES']) - 1}/policy").exists():
+            policies[method] = final
+    found = {"seed": seed, "k": 4, "rewards": {}, "form": {}}
+    for name, policy in policies.items():
+        out = world / f"fresh-{name}.pt"
+        if not out.exists():
+            collect(policy.relative_to(ROOT), data.relative_to(ROOT), out, 4, FRESH_SEED)
+        rollouts = torch.load(out, weights_only=True)
+        found["rewards"][name] = rollouts["rewards"].mean(1).tolist()
+        responses = rollouts["response_tokens"].split(rollouts["response_lengths"].tolist())
+        texts = AutoTokenizer.from_pretrained(policy).batch_decode(responses, skip_special_tokens=True)
+        kinds = {}
+        for i, (text, reward) in enumerate(zip(texts, rollouts["rewards"].flatten().tolist())):
+            example = examples[i // 4]
+            kinds.setdefault(example["family"], []).append((text, reward, example))
+        found["form"][name] = {kind: form(answered) for kind, answered in kinds.items()}
+    (RESULTS / f"smollm2/fresh-{seed}.json").write_text(json.dumps(found) + "\n")
+
+
+def form(answered):
+    """What responses look like, from (text, reward, example) of each: the share without a number and with
+    several, how often the latter and those with one number are right, the share whose last number is the
+    prompt's last, and the median distance of a wrong last number from the answer.
+    """
+    pattern = re.compile(r"-?\d+(?:\.\d+)?")
+    rewards, repeated, errors = {"no": [], "one": [], "several": []}, [], []  # rewards by count of numbers
+    for text, reward, example in answered:
+        numbers = pattern.findall(text)
+        rewards["no" if not numbers else "one" if len(numbers) == 1 else "several"].append(reward)
+        repeated.append(numbers[-1:] == pattern.findall(example["prompt"])[-1:])
+        if numbers and not reward:
+            errors.append(abs(float(numbers[-1]) - float(example["answer"])))
+    result = {"reward": round(float(np.mean([reward for _, reward, _ in answered])), 4),
+              "repeated": round(float(np.mean(repeated)), 4), "median_error": float(np.median(errors))}
+    for count, of in rewards.items():
+        result[f"{count}_numbers"] = round(len(of) / len(answered), 4)
+        result[f"{count}_right"] = round(float(np.mean(of)), 4) if of else None
+    return result
+
+
+def compare_fresh():
+    """The "fresh" entry of the summary, by seed; see fresh()."""
+    result = {}
+    for path in sorted((RESULTS / "smollm2").glob("fresh-*.json")):
+        found = json.loads(path.read_text())
+        rewards = {name: np.array(of) for name, of in found["rewards"].items()}
+        means = {name: round(float(of.mean()), 4) for name, of in rewards.items()}
+        differences = {}
+        for name, of in rewards.items():
+            if name != "cropi":
+                difference = rewards["cropi"] - of
+                error = difference.std(ddof=1) / len(difference) ** 0.5
+                differences[name] = [round(float(difference.mean()), 4), round(float(error), 4)]
+        result[found["seed"]] = {"mean": means, "cropi_minus": differences, "form": found["form"]}
+    return result
+
+
 def load():
     """{method: {seed: stored run}}. Seconds are those of one core: those of two ranks count twice."""
     methods = {}
@@ -224,6 +299,7 @@ def evaluate(methods):
               "seeds": {name: sorted(runs) for name, runs in methods.items()},
               "pass_rates": {kind: [run["pass_rates"][kind] for run in full.values()]
                              for kind in (*TARGETED, *OTHER)}}
+    result["fresh"] = compare_fresh()
     for measure in MEASURES:
         found = acceleration.evaluate(methods, tests, measure)
         del found["seeds"]
@@ -233,7 +309,8 @@ def evaluate(methods):
         result[key] = {}
     for name, runs in methods.items():
         for seed, run in runs.items():
-            result["frac_reward_zero_std"].setdefault(name, {})[seed] = phase_means(run)
+            shares = phase_means(run, "frac_reward_zero_std")
+            result["frac_reward_zero_std"].setdefault(name, {})[seed] = shares
             if name != "full":
                 result["selected"].setdefault(name, {})[seed] = run["selected"]
             if name in ("influence", "cropi"):
@@ -242,10 +319,153 @@ def evaluate(methods):
     return result
 
 
-def phase_means(run):
-    """The share of groups with equal rewards, which give no gradient, as a mean over each phase's steps."""
-    shares = np.array(run["frac_reward_zero_std"]).reshape(int(run["settings"]["PHASES"]), -1)
-    return shares.mean(1).round(3).tolist()
+def phase_means(run, key):
+    """Mean over each phase's steps."""
+    return np.array(run[key]).reshape(int(run["settings"]["PHASES"]), -1).mean(1).round(3).tolist()
+
+
+def join(values, form=".2f"):
+    """Values as text; those of one seed after another in the tables."""
+    return ", ".join("-" if value is None else format(value, form) for value in values)
+
+
+def markdown(head, rows):
+    head, *rows = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [head, "|" + "---|" * (head.count(" | ") + 1), *rows]
+
+
+def tables(methods, result):
+    """The Markdown tables of docs/results.md, each a list of lines; a cell has a value for each seed."""
+    return [claims_table(result), accuracy_table(methods), fresh_table(result["fresh"]),
+            phase_table(methods), cost_table(methods)]
+
+
+def accuracy_table(methods):
+    """Accuracies by step: greedy (sampled)."""
+    def cell(name, test, i):
+        greedy, sampled = (join((run[measure][test][i] for run in methods[name].values()), ".3f")
+                           for measure in MEASURES)
+        return f"{greedy} ({sampled})"
+
+    steps = methods["full"][0]["steps"]
+    names = [name for name in acceleration.ROWS if name in methods and name != "full"]
+    rows = []
+    for test, i in [("targeted", i) for i in range(len(steps))] + [("other", 0), ("other", -1)]:
+        row = [("other tests, " if test == "other" else "") + f"{steps[i]:.0f}", cell("full", test, i)]
+        for name in names:
+            if i == 0:
+                row.append("as full data")
+            elif name == "cropi" and 0 < steps[i] <= 20:  # one run until then
+                row.append("as influence once")
+            else:
+                row.append(cell(name, test, i))
+        rows.append(row)
+    return markdown(["step", *(acceleration.ROWS[name] for name in ("full", *names))], rows)
+
+
+def claims_table(result):
+    """The protocol's claims: values, and the verdict that its thresholds give."""
+    def verdict(values, enough, too_little):
+        if all(value >= enough for value in values):
+            return "**reproduced**"
+        return "**not reproduced**" if too_little(values) else "in between"
+
+    rows = []
+    for title, key, enough in (("times fewer steps to full data's final accuracy: 2.66", "step", 2.66),
+                               ("times fewer seconds, all stages: 2.16", "wall", 2.16)):
+        row = [title]
+        for measure in MEASURES:
+            values = result[measure][f"{key}_acceleration"]["cropi"]["per_seed"]
+            row.append(f"{join(values)}: {verdict(values, enough, lambda v: max(v) < 1)}")
+        rows.append(row)
+    for name in ("full", "influence", "random"):
+        row = [f"CROPI ends higher than {acceleration.ROWS[name]}: by 0.075"]
+        for measure in MEASURES:
+            values = result[measure]["differences"][f"cropi - {name}"]["final"]["targeted"]["per_seed"]
+            row.append(f"{join(values, '+.3f')}: {verdict(values, 0.075, lambda v: min(v) <= -0.075)}")
+        rows.append(row)
+    least = [min(phase["targeted"] for phase in phases) for phases in result["selected"]["cropi"].values()]
+    rows.append(["influence finds the targeted kinds: at least 0.52 of every selection (smallest share)",
+                 f"{join(least)}: {verdict(least, 0.52, lambda v: min(v) < 0.17)}", ""])
+    return markdown(["claim", "greedy", "sampled"], rows)
+
+
+def fresh_table(result):
+    """The further responses: mean reward, CROPI's lead with its standard error over the prompts, the shares
+    of responses with several numbers (and how often these are right), and with_form().
+    """
+    rows = []
+    for name, title in {"base": "base", **acceleration.ROWS}.items():
+        have = [of for of in result.values() if name in of["mean"]]
+        pairs = [of["cropi_minus"][name] for of in have if name != "cropi"]
+        if have:
+            row = [title, join((of["mean"][name] for of in have), ".3f"),
+                   ", ".join(f"{mean:+.3f} ± {error:.3f}" for mean, error in pairs)]
+            for kind in TARGETED:
+                forms = [of["form"][name][kind] for of in have]
+                row.append(f"{join(form['several_numbers'] for form in forms)} "
+                           f"({join(form['several_right'] for form in forms)})")
+            row.append(join((with_form(of["form"][name], of["form"]["cropi"]) for of in have), ".3f"))
+            rows.append(row)
+    return markdown(["policy", "mean reward", "CROPI minus it",
+                     *(f"{kind}: several numbers (right)" for kind in TARGETED), "with CROPI's form"], rows)
+
+
+def with_form(own, other):
+    """The mean reward of a policy if it wrote no, one and several numbers as often as another one does, and
+    each of these were right as often as now. own, other: {kind: form(...)} of the two policies.
+    """
+    return float(np.mean([sum(other[kind][f"{count}_numbers"] * (own[kind][f"{count}_right"] or 0)
+                              for count in ("no", "one", "several")) for kind in TARGETED]))
+
+
+def phase_table(methods):
+    """By phase: what CROPI selects, whether its validation means can be trusted, and how it trains."""
+    cropi, rows = list(methods["cropi"].values()), []
+
+    def add(title, values, form=".2f"):  # values [runs, phases]
+        rows.append([title, *(join(phase, form) for phase in zip(*values))])
+
+    pool = np.mean([run["pool"]["targeted"] for run in cropi])
+    add(f"targeted prompts' share of the selection (pool: {pool:.2f})",
+        [[of["targeted"] for of in run["selected"]] for run in cropi])
+    for kind in TARGETED:
+        add(f"selected of {kind}",
+            [[of["families"][kind] * of["selected"] for of in run["selected"]] for run in cropi], ".0f")
+    add("share that was selected in the phase before",
+        [[of["kept"] for of in run["selected"]] for run in cropi])
+    for i, kind in enumerate(TARGETED):
+        add(f"cosine between the halves of the mean of {kind} (trusted: 0.5)",
+            [[of[i]["halves_cosine"] for of in run["trust"]] for run in cropi])
+        add(f"effective prompts in the mean of {kind} (trusted: 10)",
+            [[of[i]["effective_prompts"] for of in run["trust"]] for run in cropi], ".0f")
+    for i, kind in enumerate(TARGETED):
+        add(f"mean of \\|log ρ\\| on {kind}",
+            [[mean for mean, _ in run["val_log_ratio"][i::len(TARGETED)]] for run in cropi])
+    for name in ("cropi", "influence", "full"):
+        runs = methods[name].values()
+        add(f"training reward, {acceleration.ROWS[name]}", [phase_means(run, "reward") for run in runs])
+        add(f"groups with equal rewards, {acceleration.ROWS[name]}",
+            [phase_means(run, "frac_reward_zero_std") for run in runs])
+    return markdown(["", "phase 0", "phase 1", "phase 2"], rows)
+
+
+def cost_table(methods):
+    """Seconds of one core by stage, and sampled tokens in thousands."""
+    rows = []
+    for name in [name for name in acceleration.ROWS if name in methods]:
+        stages, runs = [], methods[name].values()
+        for run in runs:
+            ranks, collection = 1, 0
+            if name in ("influence", "cropi"):  # they need rollouts, sampled and first sketched by two ranks
+                ranks, collection = run["ranks"], run["ranks"] * run["collection"]
+            selection = ranks * run["selection"][0] + sum(run["selection"][1:])
+            stages.append((collection, selection, run["seconds"][-1] - collection - selection))
+        rows.append([acceleration.ROWS[name], *(join(column, ",.0f") for column in zip(*stages)),
+                     join((run["seconds"][-1] for run in runs), ",.0f"),
+                     join((run["tokens"][-1] / 1000 for run in runs), ".0f")])
+    return markdown(["method", "collection", "selections", "training", "seconds in all",
+                     "thousand sampled tokens"], rows)
 
 
 def draw(methods, path):
@@ -287,11 +507,15 @@ def main():
             survey(Path(folder))
         case ["samples", policy]:
             samples(policy)
+        case ["fresh", seed]:
+            fresh(int(seed))
         case []:
             methods = load()
             result = evaluate(methods)
             (RESULTS / "smollm2.json").write_text(json.dumps(result, indent=1) + "\n")
             draw(methods, RESULTS / "smollm2.png")
+            for lines in tables(methods, result):
+                print(*lines, "", sep="\n")
             for measure, title in MEASURES.items():
                 for name, of in result[measure]["final_accuracy"]["targeted"].items():
                     other = result[measure]["final_accuracy"]["other"][name]["per_seed"]

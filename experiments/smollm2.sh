@@ -8,6 +8,8 @@
 #   bash experiments/smollm2.sh survey         how often the base model is right on each kind; 20 minutes
 #   bash experiments/smollm2.sh pilot          20 steps of full data on seed 9 with LR, and |log rho| of the
 #                                              validation sets after them; half an hour
+#   bash experiments/smollm2.sh fresh          4 further responses of each final policy of SEEDS to the targeted
+#                                              tests; 3 minutes a policy
 #   bash experiments/smollm2.sh                one seed of four methods, two runs side by side, one thread each;
 #                                              resumable; about 4 hours a seed on two CPU cores,
 #                                              17 GB of memory, 20 GB of disk
@@ -74,6 +76,10 @@ export -f loop run
 case "${1:-}" in
 survey)
     "$PYTHON" experiments/smollm2.py survey runs/smollm2
+    exit
+    ;;
+fresh)
+    for seed in $SEEDS; do "$PYTHON" experiments/smollm2.py fresh "$seed"; done
     exit
     ;;
 pilot)
