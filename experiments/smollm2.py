@@ -15,7 +15,8 @@ samples POLICY    adds the policy's responses to five test prompts to results/sm
 fresh SEED        4 further responses of the base policy and of each run's final policy to every targeted
                   test prompt of a seed, drawn with a seed of their own. results/smollm2/fresh-SEED.json has
                   each prompt's mean reward, and how the responses to each kind look
-(nothing)         reads results/smollm2/*.json; writes smollm2.json and smollm2.png, prints a table
+(nothing)         reads seed-*.json and fresh-*.json of results/smollm2/; writes smollm2.json and smollm2.png,
+                  prints the tables of docs/results.md
 
     python experiments/smollm2.py make runs/smollm2
 """
@@ -222,6 +223,8 @@ def fresh(seed):
     for method in acceleration.ROWS:
         if (final := world / method / f"phase-{int(os.environ['PHASES']) - 1}/policy").exists():
             policies[method] = final
+    if "cropi" not in policies:
+        sys.exit(f"{world}/cropi: no final policy, to which the others are compared; finish this run first")
     found = {"seed": seed, "k": 4, "rewards": {}, "form": {}}
     for name, policy in policies.items():
         out = world / f"fresh-{name}.pt"
@@ -355,7 +358,7 @@ def accuracy_table(methods):
         for name in names:
             if i == 0:
                 row.append("as full data")
-            elif name == "cropi" and 0 < steps[i] <= 20:  # one run until then
+            elif name == "cropi" and steps[i] <= 20:  # one run until then
                 row.append("as influence once")
             else:
                 row.append(cell(name, test, i))

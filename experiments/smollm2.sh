@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # CROPI on a model that others pre-trained, with its tokenizer, its chat template and prompts in English:
 # SmolLM2-135M-Instruct on six kinds of tasks (version 3; experiments/README.md has the protocol). A seed
-# makes the prompts, the rollouts, the projection and all samples of training. The numbers of
-# each finished run are written to experiments/results/smollm2/ at once; runs that have such a file are not made
-# again.
+# makes the prompts, the rollouts, the projection and all samples of training. The numbers of each finished run
+# are written to experiments/results/smollm2/ at once; runs that have such a file are not made again.
 #
 #   bash experiments/smollm2.sh survey         how often the base model is right on each kind; 20 minutes
 #   bash experiments/smollm2.sh pilot          20 steps of full data on seed 9 with LR, and |log rho| of the
